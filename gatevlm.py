@@ -1,0 +1,443 @@
+"""gatevlm: a small decoder that looks at a picture only where a word asks for it.
+
+The model of *Looking to Learn* (Ganescu, Salhan, Caines, Buttery; arXiv 2510.08470), whole, in one file. Read it in this order:
+  1. GateVLMConfig       every switch, with the values it takes
+  2. Attention, MLP      the two parts that everything else is made of
+  3. ImageEncoder        image features -> image tokens (Section 3.1 of the paper: the vision side)
+  4. Block               one decoder layer: self-attention, then the gated look at the image, then the MLP
+  5. clip_loss, lcg_loss the two contrastive losses that can be added in training
+  6. GateVLM             embeddings, blocks, tied head, loss; generate() with a key-value cache
+  7. save and load       a run folder -> a model, in one call
+
+Letters in shape comments: B batch, T text positions, K image tokens, D width (n_embd), V vocabulary, nh heads, hs head size.
+"""
+import math
+import os
+from dataclasses import asdict, dataclass, field
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+GATES = ("soft-feature", "soft-token", "hard-feature", "hard-token", "none")
+MODULATIONS = ("none", "film", "dyintra")
+PLACES = ("cross", "text", "image")
+IMAGE_ENCODERS = ("transformer", "mlp", "none")
+CONTRASTIVES = ("none", "clip", "lcg")
+
+
+class InputError(ValueError):
+    """What the user gave cannot be used; the scripts print it as one line and exit with status 2."""
+
+
+def option(default, help, choices=None):
+    """A dataclass field that is also a command line flag: its help sentence and its allowed values travel with it."""
+    return field(default=default, metadata={"help": help, "choices": choices})
+
+
+def check_fields(config, positive):
+    """Types, choices and ranges of a config: numbers are finite and at least 0, those named positive above 0."""
+    for name, f in config.__dataclass_fields__.items():
+        value = getattr(config, name)
+        if f.type is float and type(value) is int:
+            value = float(value)
+            setattr(config, name, value)
+        if type(value) is not f.type:
+            raise InputError(f"{name} must be of type {f.type.__name__}, not {value!r}")
+        if f.metadata["choices"] and value not in f.metadata["choices"]:
+            raise InputError(f"{name} must be one of {', '.join(f.metadata['choices'])}, not {value!r}")
+        if f.type in (int, float) and not (0 < value < math.inf if name in positive else 0 <= value < math.inf):
+            raise InputError(f"{name} must be {'above' if name in positive else 'at least'} 0 and finite, not {value}")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 1. config
+
+@dataclass
+class GateVLMConfig:
+    """Size and switches of the model; the defaults are the paper's. Impossible values raise InputError."""
+    vocab_size: int = option(8192, "ids the tokenizer can produce, <eot> among them; train.py takes it from the data")
+    block_size: int = option(128, "longest text the model reads, in tokens")
+    n_layer: int = option(8, "decoder layers")
+    n_head: int = option(8, "attention heads; must divide n_embd")
+    n_embd: int = option(768, "width of every token vector, in numbers")
+    dropout: float = option(0.1, "share of activations zeroed in training, 0 to below 1")
+    tie_weights: bool = option(True, "share one matrix between token embedding and output head")
+    gate: str = option("soft-feature", "how text and image mix: sigmoid or Gumbel, one gate per feature or per token", GATES)
+    modulation: str = option("none", "feature modulation: FiLM x*(1+a)+b, or DyIntra x*(1+sigmoid(c))", MODULATIONS)
+    modulate_at: str = option("cross", "what is modulated: cross-attention output, text, or image tokens", PLACES)
+    channel_attention: bool = option(False, "squeeze-and-excitation over the features of the encoded image")
+    image_encoder: str = option("transformer", "what turns image features into image tokens", IMAGE_ENCODERS)
+    n_image_layer: int = option(5, "layers of the transformer image encoder")
+    n_image_token: int = option(1, "image tokens: 1 = one global embedding, more = patches, 0 = a model without eyes")
+    image_dim: int = option(768, "numbers per image token in the data; train.py takes it from the data")
+    contrastive: str = option("none", "extra training loss that aligns text and image", CONTRASTIVES)
+    contrastive_weight: float = option(1.0, "weight of the contrastive loss beside the language loss (the paper tries 1.0 and 0.3)")
+
+    def __post_init__(self):
+        check_fields(self, positive=("vocab_size", "block_size", "n_layer", "n_head", "n_embd", "image_dim"))
+        if self.n_embd % self.n_head:
+            raise InputError(f"n_embd must be a multiple of n_head, and {self.n_embd} is not a multiple of {self.n_head}")
+        if self.dropout >= 1:
+            raise InputError(f"dropout must be below 1, not {self.dropout}")
+        if self.n_image_token == 0 and self.contrastive != "none":
+            raise InputError(f"contrastive {self.contrastive} compares text with images, but n_image_token is 0")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 2. the two parts
+
+class Attention(nn.Module):
+    """Multi-head attention of x (B,T,D) over itself, or over memory (B,S,D) when one is given."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.n_head, self.dropout = config.n_head, config.dropout
+        self.query = nn.Linear(config.n_embd, config.n_embd)
+        self.key_value = nn.Linear(config.n_embd, 2 * config.n_embd)
+        self.proj = nn.Linear(config.n_embd, config.n_embd)
+
+    def heads(self, x):
+        return x.unflatten(-1, (self.n_head, -1)).transpose(1, 2)  # (B, T, D) -> (B, nh, T, hs)
+
+    def forward(self, x, memory=None, causal=False, cache=None):
+        q = self.heads(self.query(x))  # (B, nh, T, hs)
+        if memory is not None and cache:
+            k, v = cache["key"], cache["value"]  # the image does not change while a caption is written
+        else:
+            k, v = (self.heads(y) for y in self.key_value(x if memory is None else memory).chunk(2, dim=-1))
+            if cache is not None:
+                if memory is None and cache:
+                    k = torch.cat([cache["key"], k], dim=2)  # (B, nh, T so far, hs)
+                    v = torch.cat([cache["value"], v], dim=2)
+                cache["key"], cache["value"] = k, v
+        # one new token may see every cached one, so it needs no mask
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=causal and q.size(2) > 1,
+                                           dropout_p=self.dropout if self.training else 0.0)
+        return self.proj(y.transpose(1, 2).flatten(2))  # (B, nh, T, hs) -> (B, T, D)
+
+
+class MLP(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.fc = nn.Linear(config.n_embd, 4 * config.n_embd)
+        self.proj = nn.Linear(4 * config.n_embd, config.n_embd)
+
+    def forward(self, x):
+        return self.proj(F.gelu(self.fc(x), approximate="tanh"))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 3. image features -> image tokens
+
+class ImageLayer(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.ln1, self.attn = nn.LayerNorm(config.n_embd), Attention(config)
+        self.ln2, self.mlp = nn.LayerNorm(config.n_embd), MLP(config)
+        self.drop = nn.Dropout(config.dropout)
+
+    def forward(self, x):
+        x = x + self.drop(self.attn(self.ln1(x)))  # bidirectional: a picture has no order of reading
+        return x + self.drop(self.mlp(self.ln2(x)))
+
+
+class ImageEncoder(nn.Module):
+    """Features (B,K,image_dim) at any scale -> image tokens (B,K,D)."""
+
+    def __init__(self, config):
+        super().__init__()
+        D = config.n_embd
+        # features come at any scale; train.py fills in the mean and standard deviation of the training images
+        self.register_buffer("mean", torch.zeros(config.image_dim))
+        self.register_buffer("std", torch.ones(config.image_dim))
+        self.proj = nn.Linear(config.image_dim, D)
+        self.position = nn.Parameter(torch.zeros(config.n_image_token, D))
+        self.layers = nn.ModuleList()
+        if config.image_encoder == "transformer":
+            self.layers.extend(ImageLayer(config) for _ in range(config.n_image_layer))
+        if config.image_encoder == "mlp":
+            self.layers.append(MLP(config))
+        self.ln = nn.LayerNorm(D)
+        self.squeeze = self.excite = None
+        if config.channel_attention:
+            self.squeeze = nn.Linear(D, max(1, D // 16))  # reduction 16, as in squeeze-and-excitation networks
+            self.excite = nn.Linear(max(1, D // 16), D)
+
+    def forward(self, image):
+        x = self.proj((image - self.mean) / self.std) + self.position  # (B, K, D)
+        for layer in self.layers:
+            x = layer(x)
+        x = self.ln(x)
+        if self.squeeze is not None:
+            summary = x.mean(dim=1, keepdim=True)  # (B, 1, D)
+            x = x * torch.sigmoid(self.excite(F.relu(self.squeeze(summary))))
+        return x
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 4. one decoder layer
+
+class Block(nn.Module):
+    """Self-attention, then (if the batch has images) the gated look at the image, then the MLP: Section 3.2 of the paper."""
+
+    def __init__(self, config, layer):
+        super().__init__()
+        D = config.n_embd
+        self.config = config
+        self.modulated = "nowhere" if config.modulation == "none" else config.modulate_at
+        self.ln1, self.attn = nn.LayerNorm(D), Attention(config)
+        self.ln3, self.mlp = nn.LayerNorm(D), MLP(config)
+        self.drop = nn.Dropout(config.dropout)
+        # LCG compares what block 0 makes of the text with the image, so block 0 must not have seen the image
+        self.sees_image = config.n_image_token > 0 and not (config.contrastive == "lcg" and layer == 0)
+        if self.sees_image:
+            self.ln2, self.cross = nn.LayerNorm(D), Attention(config)
+            if config.gate != "none":
+                self.gate = nn.Linear(2 * D, D if config.gate.endswith("feature") else 1)
+                self.ln4 = nn.LayerNorm(D)
+            if config.modulation != "none":
+                self.condition = nn.Linear(D, 2 * D if config.modulation == "film" else D)
+
+    def forward(self, h, image=None, temperature=None, cache=None):
+        """h (B,T,D), image tokens (B,K,D) or None -> h (B,T,D), gate (B,T): 1 all language, 0 all vision."""
+        h = h + self.drop(self.attn(self.ln1(h), causal=True, cache=None if cache is None else cache["self"]))
+        gate = h.new_ones(h.shape[:2])  # a layer that does not look is all language
+        if image is not None and self.sees_image:
+            t = self.ln2(h)
+            if self.modulated == "text":
+                t = self.modulate(t, image.mean(dim=1, keepdim=True))
+            v = self.look(t, image, cache)
+            if self.config.gate == "none":
+                h = h + self.drop(v)
+            else:
+                g = self.mix(torch.cat([t, v], dim=-1), temperature)  # (B, T, D) or (B, T, 1)
+                h = h + self.ln4(self.drop(g * t + (1 - g) * v))  # h_fused = g * h_text + (1 - g) * h_crossAttn
+                gate = g.mean(dim=-1)
+        h = h + self.drop(self.mlp(self.ln3(h)))
+        return h, gate
+
+    def look(self, t, image, cache):
+        """Cross-attention of text t (B,T,D) to image tokens (B,K,D). With K=1 the softmax is 1 and the query has no say."""
+        if self.modulated != "image":
+            v = self.cross(t, memory=image, cache=None if cache is None else cache["image"])
+            return self.modulate(v, image.mean(dim=1, keepdim=True)) if self.modulated == "cross" else v
+        # Here the text modulates the image. Averaging the whole caption would show a word its own future, so position i
+        # averages positions 0..i only, and the image memory is a different one at every position.
+        B, T, D = t.shape
+        total, n = t.cumsum(dim=1), torch.arange(1, T + 1, device=t.device)
+        if cache is not None:
+            total, n = total + cache.get("text_sum", 0), n + cache.get("n_text", 0)
+            cache["text_sum"], cache["n_text"] = total[:, -1:], n[-1:]
+        text = total / n[:, None]  # (B, T, D)
+        memory = self.modulate(image[:, None], text[:, :, None])  # (B, T, K, D)
+        return self.cross(t.reshape(B * T, 1, D), memory=memory.flatten(0, 1)).view(B, T, D)
+
+    def modulate(self, x, condition):
+        if self.config.modulation == "film":
+            gamma, beta = self.condition(condition).chunk(2, dim=-1)
+            return x * (1 + gamma) + beta
+        return x * (1 + torch.sigmoid(self.condition(condition)))  # DyIntra
+
+    def mix(self, both, temperature):
+        logit = self.gate(both)
+        if self.config.gate.startswith("soft"):
+            return torch.sigmoid(logit)
+        if not self.training:
+            return (logit > 0).to(logit.dtype)  # argmax, without noise
+        # a 2-way Gumbel-softmax is a sigmoid: the difference of two Gumbel samples is one logistic sample
+        noise = torch.logit(torch.rand_like(logit), eps=1e-6)
+        return torch.sigmoid((logit + noise) / temperature)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 5. contrastive losses (Section 3.3 of the paper)
+
+def clip_loss(text, image, scale):
+    """Symmetric InfoNCE: row i of text (B,D) belongs to row i of image (B,D), every other row is a negative."""
+    sim = scale * F.normalize(text, dim=-1) @ F.normalize(image, dim=-1).T  # (B, B)
+    labels = torch.arange(len(sim), device=sim.device)
+    return (F.cross_entropy(sim, labels) + F.cross_entropy(sim.T, labels)) / 2
+
+
+def lcg_loss(tokens, owner, image, scale):
+    """InfoNCE per token: tokens (N,D), owner (N,) the caption of each, image (B,D). A token must find its image among all
+    images, and its image must find it among the tokens of the other captions."""
+    sim = scale * F.normalize(tokens, dim=-1) @ F.normalize(image, dim=-1).T  # (N, B)
+    own = owner[:, None] == torch.arange(len(image), device=sim.device)  # (N, B)
+    positive = sim[own]  # (N,)
+    among_images = F.cross_entropy(sim, owner)
+    others = sim.masked_fill(own, -1e9).logsumexp(dim=0)[owner]  # (N,) the tokens of all other captions, at my image
+    among_tokens = (torch.logaddexp(positive, others) - positive).mean()
+    return (among_images + among_tokens) / 2
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 6. the model
+
+class GateVLM(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        n_row = -(-config.vocab_size // 64) * 64  # GPUs like multiples of 64; the extra rows never leave this class
+        self.token_embedding = nn.Embedding(n_row, config.n_embd)
+        self.position_embedding = nn.Embedding(config.block_size, config.n_embd)
+        self.drop = nn.Dropout(config.dropout)
+        self.image_encoder = ImageEncoder(config) if config.n_image_token else None
+        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
+        self.ln = nn.LayerNorm(config.n_embd)
+        self.head = nn.Linear(config.n_embd, n_row, bias=False)
+        if config.tie_weights:
+            self.head.weight = self.token_embedding.weight
+        # a buffer, not a number: it survives a checkpoint, and changing it does not make torch.compile start again
+        self.register_buffer("gate_temperature", torch.tensor(1.0))
+        if config.contrastive != "none":
+            self.log_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
+        self.loss_parts = {}  # what the last loss was made of, detached: {"language": ..., "contrastive": ...}
+        self.apply(self._init_weights)
+
+    def _init_weights(self, module):
+        if isinstance(module, (nn.Linear, nn.Embedding)):
+            nn.init.normal_(module.weight, std=0.02)
+        if isinstance(module, nn.Linear) and module.bias is not None:
+            nn.init.zeros_(module.bias)
+        if isinstance(module, (Attention, MLP)):  # the residual stream sums 2 * n_layer of these (GPT-2)
+            nn.init.normal_(module.proj.weight, std=0.02 / math.sqrt(2 * self.config.n_layer))
+        if isinstance(module, ImageEncoder):
+            nn.init.normal_(module.position, std=0.02)
+        if isinstance(module, Block) and module.sees_image and self.config.modulation == "film":
+            nn.init.zeros_(module.condition.weight)  # FiLM starts as the identity
+
+    def trunk(self, idx, image=None, cache=None):
+        """Everything below the head: h (B,T,D), gates (n_layer,B,T), pooled image (B,D) or None, block 0's output (B,T,D)."""
+        start = 0 if cache is None or not cache[0]["self"] else cache[0]["self"]["key"].size(2)
+        T = idx.size(1)
+        if start + T > self.config.block_size:
+            raise InputError(f"a text of {start + T} tokens does not fit block_size {self.config.block_size}")
+        position = torch.arange(start, start + T, device=idx.device)
+        h = self.drop(self.token_embedding(idx) + self.position_embedding(position))  # (B, T, D)
+        if image is not None and not self.config.n_image_token:
+            raise InputError("this model was trained without images (n_image_token is 0): call it with image=None")
+        if image is not None:
+            image = self.image_encoder(image)  # (B, K, D)
+        gates = []
+        for i, block in enumerate(self.blocks):
+            h, gate = block(h, image, self.gate_temperature, None if cache is None else cache[i])
+            gates.append(gate)
+            first = h if i == 0 else first
+        return self.ln(h), torch.stack(gates), None if image is None else image.mean(dim=1), first
+
+    def logits(self, h):
+        return self.head(h)[..., :self.config.vocab_size]
+
+    def forward(self, idx, targets=None, image=None, return_gates=False):
+        """idx (B,T) int64, image (B,K,image_dim) or None -> (logits (B,T,V), None), or with targets (B,T), -1 ignored,
+        (None, mean loss in nats); with return_gates also gates (n_layer,B,T). In training the contrastive term is added."""
+        h, gates, pooled, first = self.trunk(idx, image)
+        if targets is None:
+            logits, loss = self.logits(h), None
+        else:
+            real = targets != -1  # (B, T); padding never reaches the head
+            logits, loss = None, F.cross_entropy(self.logits(h[real]).float(), targets[real])
+            self.loss_parts = {"language": loss.detach()}
+            if self.training and image is not None and self.config.contrastive != "none":
+                extra = self.contrastive(idx, first, real, pooled)
+                self.loss_parts["contrastive"] = extra.detach()
+                loss = loss + self.config.contrastive_weight * extra
+        return (logits, loss, gates) if return_gates else (logits, loss)
+
+    def contrastive(self, idx, first, real, pooled):
+        scale = self.log_scale.clamp(max=math.log(100)).exp()
+        if self.config.contrastive == "clip":
+            weight = real / real.sum(dim=1, keepdim=True).clamp(min=1)  # (B, T)
+            text = torch.einsum("bt,btd->bd", weight, self.token_embedding(idx))  # mean over real tokens
+            return clip_loss(text.float(), pooled.float(), scale)
+        owner = torch.arange(len(idx), device=idx.device)[:, None].expand_as(idx)[real]  # (N,)
+        return lcg_loss(first[real].float(), owner, pooled.float(), scale)
+
+    def token_losses(self, idx, targets, image=None):
+        """Loss of every target in nats, (B,T) float32, 0 where targets is -1; and the gates (n_layer,B,T)."""
+        h, gates, _, _ = self.trunk(idx, image)
+        real = targets != -1
+        losses = torch.zeros(targets.shape, device=idx.device)
+        losses[real] = F.cross_entropy(self.logits(h[real]).float(), targets[real], reduction="none")
+        return losses, gates
+
+    def anneal(self, progress):
+        """Hard gates: temperature 1.0 -> 0.1, linear in the share of caption steps done (0 to 1), constant after 80%."""
+        self.gate_temperature.fill_(1.0 - 0.9 * min(progress / 0.8, 1.0))
+
+    def n_parameter(self):
+        return sum(p.numel() for p in self.parameters())  # a tied matrix counts once
+
+    def optimizer(self, lr, weight_decay, betas=(0.9, 0.95)):
+        """AdamW; matrices decay, biases and norms and the contrastive temperature do not."""
+        params = list(self.parameters())
+        groups = [{"params": [p for p in params if p.dim() >= 2], "weight_decay": weight_decay},
+                  {"params": [p for p in params if p.dim() < 2], "weight_decay": 0.0}]
+        return torch.optim.AdamW(groups, lr=lr, betas=betas, fused=params[0].device.type in ("cuda", "cpu"))
+
+    @torch.no_grad()
+    def generate(self, idx, max_new_tokens, image=None, temperature=1.0, top_k=None, eot=None, use_cache=True):
+        """Continue idx (B,T), or caption image (B,K,image_dim) when idx is <eot>: (B, T + new). temperature 0 takes the best
+        token. Ends at max_new_tokens, at a full block, or when every row has produced eot (rows that end early repeat it)."""
+        was_training, done = self.training, torch.zeros(len(idx), dtype=torch.bool, device=idx.device)
+        self.eval()
+        cache = [{"self": {}, "image": {}} for _ in self.blocks] if use_cache else None
+        for step in range(min(max_new_tokens, self.config.block_size - idx.size(1))):
+            new = idx[:, -1:] if use_cache and step else idx
+            h, _, _, _ = self.trunk(new, image, cache)
+            logits = self.logits(h[:, -1]).float()  # (B, V)
+            if temperature == 0:
+                best = logits.argmax(dim=-1)  # (B,)
+            else:
+                if top_k is not None:
+                    least = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]
+                    logits = logits.masked_fill(logits < least, -math.inf)
+                best = torch.multinomial(F.softmax(logits / temperature, dim=-1), 1)[:, 0]
+            if eot is not None:
+                best = best.masked_fill(done, eot)
+                done = done | (best == eot)
+            idx = torch.cat([idx, best[:, None]], dim=1)
+            if done.all():
+                break
+        self.train(was_training)
+        return idx
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 7. save and load
+
+def save_checkpoint(path, checkpoint):
+    """Write a dict of plain values and tensors; a crash leaves the old file or the new one, never half of one."""
+    part = f"{path}.part"
+    with open(part, "wb") as f:
+        torch.save(checkpoint, f)
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(part, path)
+
+
+def load_checkpoint(path, device="cpu"):
+    """Read what save_checkpoint wrote. weights_only: a file from a stranger can hold numbers, never code."""
+    if not os.path.isfile(path):
+        raise InputError(f"{path}: no such checkpoint; train one with train.py")
+    try:
+        checkpoint = torch.load(path, map_location=device, weights_only=True)
+    except Exception as error:  # torch raises a different class for every way a file can be damaged
+        raise InputError(f"{path}: not a readable checkpoint ({type(error).__name__})") from error
+    if not isinstance(checkpoint, dict) or not {"model", "model_config"} <= set(checkpoint):
+        raise InputError(f"{path}: not a gatevlm checkpoint (no 'model' and 'model_config' in it)")
+    return checkpoint
+
+
+def load_model(run, checkpoint="best.pt", device="cpu"):
+    """The model of a run folder, in eval mode: load_model("out/toy")."""
+    path = os.path.join(run, checkpoint)
+    state = load_checkpoint(path, device)
+    try:
+        model = GateVLM(GateVLMConfig(**state["model_config"])).to(device)
+        model.load_state_dict(state["model"])
+    except (TypeError, RuntimeError, InputError) as error:
+        raise InputError(f"{path}: made by another version of gatevlm: {str(error).splitlines()[0]}") from error
+    return model.eval()

@@ -1,0 +1,434 @@
+"""Train a gated vision-language model: python train.py [--preset toy|patches|laptop|small|paper] [--flag value] (see --help).
+
+In reading order: the configuration and its presets, flags, the order in which data is seen, one step, evaluation, the loop.
+A run folder holds config.json, log.jsonl, last.pt, best.pt, loss.png, gates.png, summary.json and a copy of the tokenizer.
+"""
+import argparse
+import difflib
+import json
+import math
+import os
+import shutil
+import signal
+import sys
+import time
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, fields
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+import eval as evaluation
+import prepare_data
+from gatevlm import GateVLM, GateVLMConfig, InputError, check_fields, load_checkpoint, option, save_checkpoint
+
+# ----------------------------------------------------------------------------------------------------------------------
+# configuration
+
+ORDERS = {"alternate": lambda n: "TC" * n, "text-first": lambda n: "T" * n + "C" * n, "caption-first": lambda n: "C" * n + "T" * n,
+          "mixed": lambda n: "M" * n, "caption-only": lambda n: "C" * n, "text-only": lambda n: "T" * n}
+
+
+@dataclass
+class TrainConfig:
+    """How to train; the defaults are the paper's (Looking to Learn, Section 3.4)."""
+    data: str = option("", "data folder made by prepare_data.py; empty = data/toy, or data/toy16 with 16 image tokens, made if missing")
+    out: str = option("", "run folder to write; empty = out/<preset>")
+    seed: int = option(1, "seed of weights, dropout and data order")
+    curriculum: str = option("alternate", "epochs in order, such as TCTC (T text, C captions, M mixed steps), or a named order: " + ", ".join(ORDERS))
+    epochs: int = option(10, "epochs of each kind that a named order expands to")
+    mix: int = option(4, "caption steps for each text step in an M epoch")
+    max_steps: int = option(0, "end the schedule after this many steps; 0 = the whole curriculum")
+    images: bool = option(True, "show the images; --no-images trains on the captions as text, without any image module")
+    batch_tokens: int = option(8192, "tokens per step, over all micro-batches and GPUs")
+    grad_accum: int = option(1, "micro-batches that a step is split into, to save memory")
+    length_multiple: int = option(8, "captions are padded to a multiple of this many tokens, so that torch.compile meets few shapes")
+    lr: float = option(5e-5, "peak learning rate")
+    warmup_steps: int = option(12000, "steps of linear warm-up before the cosine to zero")
+    weight_decay: float = option(0.01, "AdamW decay of matrices, per step and learning rate")
+    beta2: float = option(0.999, "AdamW decay of the squared gradient average")
+    grad_clip: float = option(1.0, "largest gradient norm; longer gradients are scaled down; 0 = off")
+    eval_interval: int = option(1000, "steps between validation losses; best.pt keeps the lowest")
+    eval_tokens: int = option(50000, "validation tokens of each kind per evaluation; the summary uses all")
+    log_interval: int = option(10, "steps between lines of log.jsonl")
+    save_interval: int = option(1000, "steps between writes of last.pt")
+    stop_after: int = option(0, "save and stop after this step, to go on later with --resume; 0 = do not")
+    device: str = option("auto", "cpu, cuda, mps, or auto for the best there is")
+    autocast: bool = option(True, "bfloat16 on cuda cards that have it")
+    compile: bool = option(True, "torch.compile on cuda")
+
+    def __post_init__(self):
+        check_fields(self, positive=("lr", "epochs", "mix", "batch_tokens", "grad_accum", "length_multiple", "eval_interval",
+                                     "eval_tokens", "log_interval", "save_interval"))
+        if self.beta2 >= 1:
+            raise InputError(f"beta2 must be below 1, not {self.beta2}")
+        if self.curriculum not in ORDERS and (not self.curriculum or set(self.curriculum) - set("TCM")):
+            raise InputError(f"curriculum must be made of the letters T, C and M or be one of {', '.join(ORDERS)}, not {self.curriculum!r}")
+
+    def epoch_kinds(self):
+        return ORDERS[self.curriculum](self.epochs) if self.curriculum in ORDERS else self.curriculum
+
+
+TOY = dict(n_layer=4, n_head=4, n_embd=128, n_image_layer=3, block_size=64, dropout=0.0, lr=2e-3, warmup_steps=100, weight_decay=0.05,
+           beta2=0.99, batch_tokens=1024, length_multiple=1, epochs=5, eval_interval=500, save_interval=500)
+PRESETS = {
+    "toy": TOY,
+    "patches": TOY | dict(n_image_token=16, epochs=6),
+    "laptop": dict(),
+    "small": dict(n_layer=6, n_head=6, n_embd=384, n_image_layer=3, lr=6e-4, warmup_steps=200, weight_decay=0.1, beta2=0.95, batch_tokens=16384,
+                  eval_interval=250, save_interval=250, epochs=4),
+    "paper": dict(),
+}
+FROM_DATA = ("vocab_size", "image_dim")  # fields that only the data can know
+FREE = ("stop_after", "device", "compile", "log_interval", "eval_interval", "save_interval")  # may change when a run is resumed
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# flags: every field of both configs is one
+
+def make_parser():
+    listing = "\n".join(f"  {name}: " + (" ".join(f"--{k} {v}" for k, v in preset.items()) or "the defaults") for name, preset in PRESETS.items())
+    parser = argparse.ArgumentParser(description="Train a gated vision-language model. Without flags: the toy world, in minutes, on any machine.",
+                                     epilog=f"presets:\n{listing}", allow_abbrev=False, argument_default=argparse.SUPPRESS,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--preset", default="toy", choices=PRESETS, help="set of values that the other flags change (default: toy)")
+    parser.add_argument("--resume", action="store_true", default=False, help="go on with the run in --out from its last.pt, to the bit")
+    for title, config in ("training", TrainConfig), ("model", GateVLMConfig):
+        group = parser.add_argument_group(title)
+        for f in fields(config):
+            if f.name in FROM_DATA:
+                continue
+            kind = dict(action=argparse.BooleanOptionalAction) if f.type is bool else dict(type=f.type, choices=f.metadata["choices"])
+            if not f.metadata["choices"] and f.type is not bool:
+                kind["metavar"] = {int: "N", float: "X", str: "S"}[f.type]
+            group.add_argument(f"--{f.name}", help=f"{f.metadata['help']} (default: {f.default if f.default != '' else 'empty'})", **kind)
+
+    def error(message):
+        raise InputError(message)
+    parser.error = error
+    return parser
+
+
+def parse(argv):
+    """Command line -> (preset, resume, explicit flags {name: value}). An unknown flag names the nearest one."""
+    parser = make_parser()
+    args, unknown = parser.parse_known_args(argv)
+    if unknown:
+        known = [flag for action in parser._actions for flag in action.option_strings]
+        near = difflib.get_close_matches(unknown[0].split("=")[0], known, n=1, cutoff=0)
+        raise InputError(f"unknown flag {unknown[0]}; did you mean {near[0]}?")
+    flags = vars(args)
+    return flags.pop("preset"), flags.pop("resume"), flags
+
+
+def make_configs(values, data):
+    """(TrainConfig, GateVLMConfig) of a dict of field values; what only the data knows comes from its meta."""
+    values = values | {name: data.meta[name] for name in FROM_DATA}
+    if not values.get("images", True):
+        values["n_image_token"] = 0
+    elif values.setdefault("n_image_token", data.meta["n_image_token"]) != data.meta["n_image_token"]:
+        raise InputError(f"--n_image_token {values['n_image_token']}, but {data.folder} has {data.meta['n_image_token']} image tokens per picture")
+    return (TrainConfig(**{f.name: values[f.name] for f in fields(TrainConfig) if f.name in values}),
+            GateVLMConfig(**{f.name: values[f.name] for f in fields(GateVLMConfig) if f.name in values}))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# data order: a pure function of (seed, epoch), so (epoch, cursor) is all that a checkpoint has to remember
+
+def epoch_plan(kind, epoch, config, block_size, data):
+    """The global batches of one epoch: a list of ("T", text starts (n,)) and ("C", caption ids (n,))."""
+    rng = np.random.default_rng([config.seed, epoch])
+    text, captions = [], []
+    if kind in "TM":
+        n = len(data.text["train"]) - 1
+        if n < block_size:
+            raise InputError(f"{data.folder}: {n + 1} tokens of text are too few for blocks of {block_size}; use --curriculum caption-only or a smaller --block_size")
+        starts = rng.integers(n % block_size + 1) + block_size * rng.permutation(n // block_size)
+        rows = max(1, config.batch_tokens // block_size)
+        text = [("T", starts[i:i + rows]) for i in range(0, len(starts), rows)]
+    if kind in "CM":
+        length = data.lengths("train", block_size)
+        if not len(length):
+            raise InputError(f"{data.folder}: there are no captions; use --curriculum text-only")
+        order = rng.permutation(len(length))
+        order = order[np.argsort(-length[order], kind="stable")]  # longest first; a batch holds captions of about one length
+        i = 0
+        while i < len(order):
+            rows = max(1, config.batch_tokens // int(-(-length[order[i]] // config.length_multiple) * config.length_multiple))
+            captions.append(("C", order[i:i + rows]))
+            i += rows
+        captions = [captions[i] for i in rng.permutation(len(captions))]
+    if kind != "M":
+        return text + captions
+    mixed = []
+    for i, batch in enumerate(captions):
+        mixed.append(batch)
+        if (i + 1) % config.mix == 0:
+            mixed.append(text[i // config.mix % len(text)])
+    return mixed
+
+
+def load_batch(batch, config, model_config, data, device):
+    """A global batch or a part of it -> idx, targets (B,T) int64 and image (B,K,image_dim) or None, on the device."""
+    kind, rows = batch
+    if kind == "T":
+        block = data.text["train"][rows[:, None] + np.arange(model_config.block_size + 1)].astype(np.int64)  # (B, T + 1)
+        idx, targets, image = block[:, :-1], block[:, 1:], None
+    else:
+        idx, targets, image = data.caption_batch("train", rows, model_config.block_size, multiple=config.length_multiple)
+    if not model_config.n_image_token:
+        image = None
+    return [None if x is None else torch.from_numpy(np.ascontiguousarray(x)).to(device, non_blocking=True) for x in (idx, targets, image)]
+
+
+def n_target(batch, model_config, data):
+    kind, rows = batch
+    return len(rows) * model_config.block_size if kind == "T" else int(data.lengths("train", model_config.block_size)[rows].sum())
+
+
+def learning_rate(step, config, n_step):
+    """Linear warm-up, then a cosine to zero at n_step."""
+    warm = min(config.warmup_steps, n_step)
+    if step < warm:
+        return config.lr * (step + 1) / warm
+    return config.lr * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, n_step - warm)))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# the loop
+
+def pick_device(wanted, local_rank):
+    if wanted == "auto":
+        wanted = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(wanted, local_rank) if wanted == "cuda" else torch.device(wanted)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"device {wanted} is not there: {str(error).splitlines()[0]}") from error
+    return device
+
+
+def image_statistics(data):
+    """Mean and standard deviation (image_dim,) of the training images, from at most 10,000 of them."""
+    rows = np.unique(data.image_row["train"])
+    x = data.image[rows[::-(-len(rows) // 10000)]].astype(np.float64)  # (n, K, image_dim)
+    return torch.tensor(x.mean(axis=(0, 1))).float(), torch.tensor(x.std(axis=(0, 1)) + 1e-3).float()
+
+
+def write_json(path, value):
+    with open(f"{path}.part", "w", encoding="utf-8") as f:
+        json.dump(value, f, indent=1)
+    os.replace(f"{path}.part", path)
+
+
+def read_log(path):
+    with open(path, encoding="utf-8") as f:
+        return [json.loads(line) for line in f]
+
+
+def train(config, model_config, data, state=None):
+    """Run the curriculum, or what is left of it after state (a checkpoint). Returns True when the curriculum is done."""
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    device = pick_device(config.device, int(os.environ.get("LOCAL_RANK", 0)))
+    main_process, on_cuda = rank == 0, device.type == "cuda"
+    if world > 1 and not dist.is_initialized():
+        dist.init_process_group("nccl" if on_cuda else "gloo")
+
+    torch.manual_seed(config.seed)
+    raw = GateVLM(model_config).to(device)
+    if model_config.n_image_token and len(data.image_row["train"]):
+        mean, std = image_statistics(data)
+        raw.image_encoder.mean.copy_(mean)
+        raw.image_encoder.std.copy_(std)
+    optimizer = raw.optimizer(config.lr, config.weight_decay, (0.9, config.beta2))
+    kinds = config.epoch_kinds()
+    now = {"step": 0, "epoch": 0, "cursor": 0, "caption_step": 0, "tokens_seen": 0, "seconds": 0.0, "best": math.inf}
+    if state:
+        raw.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        now = state["now"]
+    model = torch.compile(raw) if config.compile and on_cuda else raw
+    if world > 1:  # text batches leave the image modules without gradients
+        model = DistributedDataParallel(model, find_unused_parameters=True, broadcast_buffers=False)
+    precision = torch.autocast("cuda", torch.bfloat16) if config.autocast and on_cuda and torch.cuda.is_bf16_supported() else nullcontext()
+    torch.set_float32_matmul_precision("high")
+
+    plans = {kind: epoch_plan(kind, 0, config, model_config.block_size, data) for kind in set(kinds)}  # every epoch has as many batches
+    n_step = sum(len(plans[kind]) for kind in kinds)
+    n_step = min(n_step, config.max_steps or n_step)
+    n_caption_step = max(1, sum(batch[0] == "C" for kind in kinds for batch in plans[kind]))
+    plan = epoch_plan(kinds[now["epoch"]], now["epoch"], config, model_config.block_size, data)
+
+    path = lambda name: os.path.join(config.out, name)
+    log, stop, bad = None, [], torch.zeros((), device=device)
+    if main_process:
+        lines = [line for line in read_log(path("log.jsonl")) if line["step"] <= now["step"]] if state else []
+        with open(path("log.jsonl.part"), "w", encoding="utf-8") as f:
+            f.writelines(json.dumps(line) + "\n" for line in lines)
+        os.replace(path("log.jsonl.part"), path("log.jsonl"))
+        log = open(path("log.jsonl"), "a", encoding="utf-8")
+        print(f"{raw.n_parameter():,} parameters on {device}; {n_step:,} steps: {kinds}")
+    handlers = {s: signal.signal(s, lambda number, frame: stop.append(number)) for s in (signal.SIGINT, signal.SIGTERM)}
+
+    def write_log(line):
+        if main_process:
+            log.write(json.dumps(line) + "\n")
+            log.flush()
+
+    def save(name):
+        if main_process:
+            save_checkpoint(path(name), {"model": raw.state_dict(), "model_config": asdict(model_config), "config": asdict(config),
+                                         "optimizer": optimizer.state_dict(), "now": now})
+
+    def evaluate():
+        """Validation losses into the log; best.pt is kept by the caption loss, or the text loss where no captions are trained."""
+        if main_process:
+            losses = evaluation.validate(raw, data, config.eval_tokens)
+            write_log({"step": now["step"], "epoch": now["epoch"], **losses})
+            loss = losses["val_loss_caption" if set(kinds) & set("CM") else "val_loss_text"]
+            if loss is None or loss < now["best"]:
+                now["best"] = loss or now["best"]
+                save("best.pt")
+
+    def check_finite():
+        if bad.item():
+            raise InputError(f"the loss became NaN or inf at step {int(bad.item())} (epoch {now['epoch']}, {kinds[now['epoch']]}); last.pt is from "
+                             "before that. A lower --lr or more --warmup_steps is the usual cure")
+
+    raw.train()
+    progress = tqdm(total=n_step, initial=now["step"], disable=None if main_process else True, dynamic_ncols=True)
+    since_log, tokens_since, started = time.perf_counter(), 0, time.perf_counter()
+    while now["step"] < n_step and not stop:
+        if now["cursor"] == len(plan):
+            now["epoch"], now["cursor"] = now["epoch"] + 1, 0
+            plan = epoch_plan(kinds[now["epoch"]], now["epoch"], config, model_config.block_size, data)
+        kind, rows = batch = plan[now["cursor"]]
+        # noise is a function of (seed, step, rank): resuming needs no generator state, and evaluating cannot disturb training
+        torch.manual_seed((config.seed * 1_000_003 + now["step"]) * world + rank)
+        if kind == "C":
+            raw.anneal(now["caption_step"] / n_caption_step)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(now["step"], config, n_step)
+        logs = (now["step"] + 1) % config.log_interval == 0 or now["step"] + 1 == n_step
+
+        n_real, loss, extra, gates = n_target(batch, model_config, data), torch.zeros((), device=device), None, None
+        for micro in range(config.grad_accum):
+            part = kind, rows[micro * world + rank::config.grad_accum * world]
+            weight = n_target(part, model_config, data) / n_real * world  # DDP averages over ranks; tokens count equally, wherever they are
+            if not len(part[1]):
+                part = kind, rows[:1]  # every rank has to take part in the reduction, if only with weight 0
+            idx, targets, image = load_batch(part, config, model_config, data, device)
+            last = micro == config.grad_accum - 1
+            with nullcontext() if last or world == 1 else model.no_sync():
+                with precision:
+                    output = model(idx, targets, image, return_gates=True)
+                (output[1] * weight).backward()
+            loss += raw.loss_parts["language"] * weight / world
+            extra, gates = raw.loss_parts.get("contrastive"), output[2].detach() if image is not None else None
+        norm = torch.nn.utils.clip_grad_norm_(raw.parameters(), config.grad_clip or math.inf)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+        now["step"], now["cursor"] = now["step"] + 1, now["cursor"] + 1
+        now["caption_step"] += kind == "C"
+        now["tokens_seen"] += n_real
+        tokens_since += n_real
+        progress.update()
+        bad = torch.where((bad == 0) & ~torch.isfinite(loss + norm), now["step"], bad)
+        if not on_cuda or logs:  # reading a number makes a GPU wait
+            check_finite()
+        if logs:
+            if world > 1:
+                dist.all_reduce(loss)
+            line = {"step": now["step"], "epoch": now["epoch"], "kind": kind, "loss": loss.item(), "lr": optimizer.param_groups[0]["lr"],
+                    "grad_norm": norm.item(), "tokens_seen": now["tokens_seen"],
+                    "tokens_per_second": round(tokens_since / (time.perf_counter() - since_log))}
+            if extra is not None:
+                line["contrastive"] = extra.item()
+            if gates is not None:
+                line |= {"gate_mean": gates.mean(dim=(1, 2)).tolist(), "gate_std": gates.std(dim=(1, 2)).tolist()}
+            write_log(line)
+            progress.set_postfix_str(f"{kind} loss {line['loss']:.3f}")
+            since_log, tokens_since = time.perf_counter(), 0
+        stop += [0] if now["step"] == config.stop_after else []
+        done = now["step"] == n_step
+        if now["step"] % config.eval_interval == 0 or done:
+            now["seconds"] += time.perf_counter() - started
+            evaluate()
+            started = since_log = time.perf_counter()
+        if now["step"] % config.save_interval == 0 or done or stop:
+            check_finite()
+            now["seconds"] += time.perf_counter() - started
+            save("last.pt")
+            started = time.perf_counter()
+    progress.close()
+    for s, handler in handlers.items():
+        signal.signal(s, handler)
+    if main_process:
+        log.close()
+    return now["step"] == n_step
+
+
+def finish(config, data):
+    """Report on best.pt, pictures, summary.json."""
+    path = lambda name: os.path.join(config.out, name)
+    model, now = evaluation.load_model(config.out), load_checkpoint(path("last.pt"))["now"]
+    summary = evaluation.report(model, data)
+    summary |= {"tokens_seen": now["tokens_seen"], "tokens_per_second": round(now["tokens_seen"] / now["seconds"]), "minutes": now["seconds"] / 60,
+                "n_parameter": model.n_parameter(), "step": now["step"], "best_step": load_checkpoint(path("best.pt"))["now"]["step"]}
+    write_json(path("summary.json"), summary)
+    lines = read_log(path("log.jsonl"))
+    series = {name: [(line["step"], line[key]) for line in lines if line.get(key) is not None and line.get("kind", kind) == kind]
+              for name, key, kind in (("captions, training", "loss", "C"), ("captions, validation", "val_loss_caption", None),
+                                      ("text, training", "loss", "T"), ("text, validation", "val_loss_text", None))}
+    floors = [(name.replace("_", " "), summary[name]) for name in ("floor_with_image", "floor_text_only") if name in summary]
+    evaluation.draw_curves(path("loss.png"), series, "loss, nats per token", "steps", floors)
+    evaluation.gate_picture(path("gates.png"), model, data)
+    for name, value in summary.items():
+        print(f"{name:32} {value if not isinstance(value, float) else f'{value:.4f}'}")
+    print(f"everything is in {config.out}: summary.json, loss.png, gates.png, log.jsonl, best.pt, last.pt")
+    return summary
+
+
+def main(argv=None):
+    """Train from command line flags; returns the summary, or None when the run stopped early to be resumed."""
+    preset, resume, flags = parse(argv)
+    main_process = int(os.environ.get("RANK", 0)) == 0
+    out = flags.get("out") or os.path.join("out", preset)
+    state = load_checkpoint(os.path.join(out, "last.pt")) if resume else None
+    if state:
+        values = state["model_config"] | state["config"]
+        for name, value in flags.items():
+            if name not in FREE and value != values[name]:
+                raise InputError(f"--{name} {value}: the run in {out} was started with {values[name]}; only {', '.join(FREE)} may change on --resume")
+        values |= flags
+    else:
+        values = PRESETS[preset] | flags | {"out": out}
+        if not values.get("data"):
+            values["data"] = os.path.join("data", "toy16" if values.get("n_image_token", 1) == 16 else "toy")
+            if not os.path.exists(values["data"]) and main_process:
+                prepare_data.main(["toy", "--out", values["data"], "--n_image_token", str(values.get("n_image_token", 1))])
+        if os.path.exists(os.path.join(out, "last.pt")):
+            raise InputError(f"{out} holds a run already: --resume goes on with it, --out starts another")
+    data = prepare_data.Data(values["data"])
+    config, model_config = make_configs(values, data)
+    if main_process and not state:
+        os.makedirs(out, exist_ok=True)
+        write_json(os.path.join(out, "config.json"), {"preset": preset, "train": asdict(config), "model": asdict(model_config)})
+        for name in "tokenizer.tiktoken", "meta.json":
+            shutil.copy(os.path.join(data.folder, name), out)
+    done = train(config, model_config, data, state)
+    if not done and main_process:
+        print(f"stopped and saved; go on with: python train.py --resume --out {out}")
+    return finish(config, data) if done and main_process else None
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except InputError as error:
+        print(f"train.py: {error}", file=sys.stderr)
+        sys.exit(2)
