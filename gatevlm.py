@@ -3,7 +3,7 @@
 The model of *Looking to Learn* (Ganescu, Salhan, Caines, Buttery; arXiv 2510.08470), whole, in one file. Read it in this order:
   1. GateVLMConfig       every switch, with the values it takes
   2. Attention, MLP      the two parts that everything else is made of
-  3. ImageEncoder        image features -> image tokens (Section 3.1 of the paper: the vision side)
+  3. ImageEncoder        image features -> image tokens
   4. Block               one decoder layer: self-attention, then the gated look at the image, then the MLP
   5. clip_loss, lcg_loss the two contrastive losses that can be added in training
   6. GateVLM             embeddings, blocks, tied head, loss; generate() with a key-value cache
@@ -152,12 +152,11 @@ class ImageEncoder(nn.Module):
         self.register_buffer("mean", torch.zeros(config.image_dim))
         self.register_buffer("std", torch.ones(config.image_dim))
         self.proj = nn.Linear(config.image_dim, D)
+        if config.image_encoder == "mlp":  # the non-linearity comes before the narrow width D
+            self.proj = nn.Sequential(nn.Linear(config.image_dim, 4 * D), nn.GELU(), nn.Linear(4 * D, D))
         self.position = nn.Parameter(torch.zeros(config.n_image_token, D))
-        self.layers = nn.ModuleList()
-        if config.image_encoder == "transformer":
-            self.layers.extend(ImageLayer(config) for _ in range(config.n_image_layer))
-        if config.image_encoder == "mlp":
-            self.layers.append(MLP(config))
+        n_layer = config.n_image_layer if config.image_encoder == "transformer" else 0
+        self.layers = nn.ModuleList(ImageLayer(config) for _ in range(n_layer))
         self.ln = nn.LayerNorm(D)
         self.squeeze = self.excite = None
         if config.channel_attention:
@@ -179,7 +178,7 @@ class ImageEncoder(nn.Module):
 # 4. one decoder layer
 
 class Block(nn.Module):
-    """Self-attention, then (if the batch has images) the gated look at the image, then the MLP: Section 3.2 of the paper."""
+    """Self-attention, then (if the batch has images) the gated look at the image, then the MLP."""
 
     def __init__(self, config, layer):
         super().__init__()
@@ -251,7 +250,7 @@ class Block(nn.Module):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# 5. contrastive losses (Section 3.3 of the paper)
+# 5. contrastive losses (their cost in language scores: Section 4.3 of the paper)
 
 def clip_loss(text, image, scale):
     """Symmetric InfoNCE: row i of text (B,D) belongs to row i of image (B,D), every other row is a negative."""
@@ -297,16 +296,21 @@ class GateVLM(nn.Module):
         self.apply(self._init_weights)
 
     def _init_weights(self, module):
-        if isinstance(module, (nn.Linear, nn.Embedding)):
+        if isinstance(module, nn.Embedding):
             nn.init.normal_(module.weight, std=0.02)
-        if isinstance(module, nn.Linear) and module.bias is not None:
-            nn.init.zeros_(module.bias)
+        if isinstance(module, nn.Linear):
+            nn.init.normal_(module.weight, std=(3 * module.in_features) ** -0.5)  # GPT-2's 0.02 at width 768
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
         if isinstance(module, (Attention, MLP)):  # the residual stream sums 2 * n_layer of these (GPT-2)
-            nn.init.normal_(module.proj.weight, std=0.02 / math.sqrt(2 * self.config.n_layer))
+            module.proj.weight.data /= math.sqrt(2 * self.config.n_layer)
         if isinstance(module, ImageEncoder):
             nn.init.normal_(module.position, std=0.02)
-        if isinstance(module, Block) and module.sees_image and self.config.modulation == "film":
-            nn.init.zeros_(module.condition.weight)  # FiLM starts as the identity
+        if isinstance(module, Block) and module.sees_image:
+            # not a residual branch of its own: the gate weighs it against normalised text, so it starts at that scale
+            nn.init.normal_(module.cross.proj.weight, std=self.config.n_embd ** -0.5)
+            if self.config.modulation == "film":
+                nn.init.zeros_(module.condition.weight)  # FiLM starts as the identity
 
     def trunk(self, idx, image=None, cache=None):
         """Everything below the head: h (B,T,D), gates (n_layer,B,T), pooled image (B,D) or None, block 0's output (B,T,D)."""

@@ -13,6 +13,7 @@ _offset.npy (n+1) and _image.npy (n, row of image.npy), image.npy (N, n_image_to
 """
 import argparse
 import base64
+import glob
 import hashlib
 import heapq
 import itertools
@@ -364,30 +365,26 @@ def documents(paths, lines_per_document, keep=1.0, seed=0):
 
 
 def find_text(root, split):
-    """The *.train, *.dev and *.txt files of the one train*/ or dev*/ folder below root, text_only/ or text_data/."""
-    folders = [f for sub in ("", "text_only", "text_data") if os.path.isdir(os.path.join(root, sub))
-               for f in sorted(os.scandir(os.path.join(root, sub)), key=lambda f: f.name)
-               if f.is_dir() and f.name.startswith(split)]
+    """The text files of the one train*/ or dev*/ folder below root, text_only/ or text_data/."""
+    files = sorted(path for sub in ("", "text_only", "text_data") for path in glob.glob(os.path.join(glob.escape(root), sub, f"{split}*", "*"))
+                   if path.endswith((".train", ".dev", ".txt")))
+    folders = sorted({os.path.dirname(path) for path in files})
     if len(folders) > 1:
-        raise InputError(f"{root}: more than one {split} folder ({', '.join(f.path for f in folders)}); expected one, move the others")
-    return [os.path.join(f.path, name) for f in folders for name in sorted(os.listdir(f.path))
-            if name.endswith((".train", ".dev", ".txt"))]
+        raise InputError(f"{root}: more than one {split} folder ({', '.join(folders)}); expected one, move the others")
+    return files
 
 
 def find_captions(root, split, wanted):
-    """[(name, captions file, [states files])] of image_caption/ (or image_caption_dev/), multimodal_data/ or root itself."""
-    subs = ("image_caption", "multimodal_data", "") if split == "train" else ("image_caption_dev",)
+    """[(captions file, [states files])] of image_caption/ (validation: image_caption_dev/), multimodal_data/ or root itself."""
     found = []
-    for folder in (os.path.join(root, sub) for sub in subs):
-        for file in sorted(os.listdir(folder)) if os.path.isdir(folder) else []:
-            name = file.removesuffix("_captions.json")
-            if name == file or wanted and name not in wanted:
-                continue
-            states = sorted(os.path.join(folder, s) for s in os.listdir(folder)
-                            if s.startswith(name + "_") and "states" in s and s.endswith(".npy"))
-            if not states:
-                raise InputError(f"{os.path.join(folder, file)}: expected {name}_*states*.npy beside it")
-            found.append((name, os.path.join(folder, file), states))
+    for sub in ("image_caption", "multimodal_data", "") if split == "train" else ("image_caption_dev",):
+        for path in sorted(glob.glob(os.path.join(glob.escape(root), sub, "*_captions.json"))):
+            stem = path.removesuffix("_captions.json")
+            states = sorted(glob.glob(f"{glob.escape(stem)}_*states*.npy"))
+            if not wanted or os.path.basename(stem) in wanted:
+                if not states:
+                    raise InputError(f"{path}: expected {os.path.basename(stem)}_*states*.npy beside it")
+                found.append((path, states))
     return found
 
 
@@ -428,26 +425,34 @@ def chunks(n, size=4096):
     return (slice(i, min(i + size, n)) for i in range(0, n, size))
 
 
-def read_states(paths, n_caption, captions_path):
-    """(states arrays, rows (n_caption,)): which stored image belongs to each caption, equal neighbours counted once. All rows
-    are read and checked here, before anything is written."""
-    arrays = [open_states(path) for path in paths]
-    total = sum(map(len, arrays))
-    if total != n_caption:
-        raise InputError(f"{captions_path}: {n_caption} captions, but {', '.join(paths)} hold {total} rows; expected one row per caption")
-    new, last = [], None
-    for path, states in zip(paths, arrays):
-        if states.shape[1:] != arrays[0].shape[1:]:
-            raise InputError(f"{path}: rows of shape {states.shape[1:]}, expected {arrays[0].shape[1:]} as in {paths[0]}")
-        for part in chunks(len(states)):
-            x = np.asarray(states[part], np.float32)
-            bad = ~(np.abs(x) <= 65504).all(axis=(1, 2))  # NaN, inf, and what float16 cannot hold
-            if bad.any():
-                raise InputError(f"{path}, row {part.start + bad.argmax()}: NaN, inf or a number beyond 65504; expected finite features")
-            before = np.concatenate([x[:1] if last is None else last, x[:-1]])
-            new.append((x != before).any(axis=(1, 2)))
-            last = x[-1:]
-    return arrays, np.concatenate(new).cumsum()
+def read_caption_sets(found):
+    """([caption], rows (n,), fetch) of caption files and their states. Row i of a file's concatenated states belongs to caption i;
+    of equal neighbours only the first is used. Everything is read and checked here, before anything is written."""
+    said, arrays, new, last = [], [], [], None
+    for captions_path, states_paths in found:
+        said += check_captions(captions_path, read_json(captions_path))
+        for path in states_paths:
+            arrays.append(states := open_states(path))
+            if states.shape[1:] != arrays[0].shape[1:]:
+                raise InputError(f"{path}: rows of shape {states.shape[1:]}, expected {arrays[0].shape[1:]} as in {found[0][1][0]}")
+            for part in chunks(len(states)):
+                x = np.asarray(states[part], np.float32)
+                bad = ~(np.abs(x) <= 65504).all(axis=(1, 2))  # NaN, inf, and what float16 cannot hold
+                if bad.any():
+                    raise InputError(f"{path}, row {part.start + bad.argmax()}: NaN, inf or a number beyond 65504; expected finite features")
+                before = np.concatenate([np.full_like(x[:1], np.nan) if last is None else last, x[:-1]])
+                new.append((x != before).any(axis=(1, 2)))
+                last = x[-1:]
+        if (total := sum(map(len, arrays))) != len(said):
+            raise InputError(f"{captions_path}: {len(said)} captions up to here, but {total} rows in {', '.join(states_paths)} and before; "
+                             "expected one row per caption")
+    if not said:
+        return [], np.zeros(0, np.int64), None
+    starts = np.cumsum([0, *map(len, arrays)])
+
+    def fetch(rows):
+        return np.stack([arrays[k][row - starts[k]] for k, row in zip(np.searchsorted(starts, rows, "right") - 1, rows)])
+    return said, np.maximum.accumulate(np.where(np.concatenate(new), np.arange(len(said)), 0)), fetch
 
 
 def read_photo_captions(path):
@@ -508,6 +513,21 @@ def write_captions(stem, captions, encoding, max_caption):
     return int(offset[-1]), cut
 
 
+def write_images(path, jobs, n_image_token, image_dim):
+    """image.npy, float16, from [(fetch, rows)], 256 pictures at a time."""
+    shape = (sum(len(rows) for _, rows in jobs), n_image_token, image_dim)
+    if not shape[0]:  # numpy cannot map an empty file
+        return np.save(path, np.zeros(shape, np.float16))
+    images, n = np.lib.format.open_memmap(path, "w+", np.float16, shape), 0
+    with tqdm(total=shape[0], desc="images", disable=None, leave=False) as progress:
+        for fetch, rows in jobs:
+            for part in chunks(len(rows), 256):
+                images[n:n + len(rows[part])] = fetch(rows[part])
+                n += len(rows[part])
+                progress.update(len(rows[part]))
+    images.flush()
+
+
 def write_folder(out, text, captions, tokenizer, meta, max_caption, overwrite, extra=None):
     """Write a data folder under a temporary name and rename it when it is whole. text {split: function -> documents};
     captions {split: ([caption], rows (n,), fetch)} where fetch(rows) -> features (n, K, image_dim); extra(folder, encoding)
@@ -525,33 +545,19 @@ def write_folder(out, text, captions, tokenizer, meta, max_caption, overwrite, e
         with open(os.path.join(part, "tokenizer.tiktoken"), "wb") as f:
             f.writelines(base64.b64encode(token) + b" %d\n" % rank for token, rank in sorted(ranks.items(), key=lambda x: x[1]))
         write_json(os.path.join(part, "meta.json"), meta)
-        encoding, count, n_image = load_tokenizer(part), {}, 0
-        used = {split: np.unique(rows, return_inverse=True) for split, (_, rows, _) in captions.items()}
+        encoding, count, jobs = load_tokenizer(part), {}, []
         for split in "train", "val":
             count[f"text_{split}_documents"], count[f"text_{split}_tokens"] = write_text(
                 os.path.join(part, f"text_{split}.bin"), iter(text[split]()), encoding)
-            sentences, _, fetch = captions[split]
+            sentences, rows, fetch = captions[split]
             stem = os.path.join(part, f"caption_{split}")
             count[f"caption_{split}"] = len(sentences)
             count[f"caption_{split}_tokens"], count[f"caption_{split}_cut"] = write_captions(stem, sentences, encoding, max_caption)
-            unique, inverse = used[split]
-            np.save(f"{stem}_image.npy", (n_image + inverse).astype(np.int32))
+            unique, inverse = np.unique(rows, return_inverse=True)
+            np.save(f"{stem}_image.npy", (inverse + sum(len(rows) for _, rows in jobs)).astype(np.int32))
             count[f"image_{split}"] = len(unique)
-            n_image += len(unique)
-        shape = (n_image, meta["n_image_token"], meta["image_dim"])
-        images = np.lib.format.open_memmap(os.path.join(part, "image.npy"), "w+", np.float16, shape) if n_image else np.zeros(shape, np.float16)
-        start, progress = 0, tqdm(total=n_image, desc="images", disable=None, leave=False)
-        for split in "train", "val":
-            unique = used[split][0]
-            for c in chunks(len(unique), 256):
-                images[start + c.start:start + c.stop] = captions[split][2](unique[c])
-                progress.update(c.stop - c.start)
-            start += len(unique)
-        progress.close()
-        if n_image:
-            images.flush()
-        else:
-            np.save(os.path.join(part, "image.npy"), images)
+            jobs.append((fetch, unique))
+        write_images(os.path.join(part, "image.npy"), jobs, meta["n_image_token"], meta["image_dim"])
         meta["count"] = count
         if extra:
             meta.update(extra(part, encoding))
@@ -676,35 +682,14 @@ def sample_captions(captions, rows, n, seed):
     return [captions[i] for i in pick], rows[pick]
 
 
-def read_caption_sets(found):
-    """([caption], image rows (n,), fetch) of several caption sets, one after the other."""
-    said, rows, arrays, first = [], [], [], []
-    for name, path, states in found:
-        these = check_captions(path, read_json(path))
-        opened, image = read_states(states, len(these), path)
-        if arrays and opened[0].shape[1:] != arrays[0].shape[1:]:
-            raise InputError(f"{states[0]}: rows of shape {opened[0].shape[1:]}, expected {arrays[0].shape[1:]} as in {found[0][2][0]}")
-        first.append(np.unique(image, return_index=True)[1] + sum(map(len, arrays)))  # where each image is stored first
-        rows.append(image + sum(map(len, first[:-1])))
-        arrays, said = arrays + opened, said + these
-    if not found:
-        return [], np.zeros(0, np.int64), None
-    first, starts = np.concatenate(first), np.cumsum([0, *map(len, arrays)])
-
-    def fetch(images):
-        which = np.searchsorted(starts, first[images], "right") - 1
-        return np.stack([arrays[w][i - starts[w]] for w, i in zip(which, first[images])])
-    return said, np.concatenate(rows), fetch
-
-
 def prepare_babylm(args):
     wanted = args.caption_sets.split(",") if args.caption_sets else []
     text_files, dev_files = find_text(args.folder, "train"), find_text(args.folder, "dev")
     found, found_dev = (find_captions(args.folder, split, wanted) for split in ("train", "dev"))
-    missing = set(wanted) - {name for name, _, _ in found}
+    missing = set(wanted) - {os.path.basename(path).removesuffix("_captions.json") for path, _ in found}
     if missing or not (text_files or found):
-        raise InputError(f"{args.folder}: expected {' and '.join(f'{m}_captions.json' for m in sorted(missing)) or 'text_only/train*/*.train'} "
-                         "or image_caption/*_captions.json (the BabyLM files are at osf.io/ad7qg)")
+        expected = " and ".join(f"{name}_captions.json" for name in sorted(missing)) or "text_only/train*/*.train or image_caption/*_captions.json"
+        raise InputError(f"{args.folder}: expected {expected}; the BabyLM files are at osf.io/ad7qg")
     said, rows, fetch = read_caption_sets(found)
     if found_dev:
         val = read_caption_sets(found_dev)
@@ -715,18 +700,18 @@ def prepare_babylm(args):
     else:
         val = said, rows, fetch
     captions_of = {"train": (*sample_captions(said, rows, args.captions, args.seed), fetch), "val": val}
-    keep = 1.0
-    if args.words:
-        n_word = sum(len(d.split()) for d in documents(text_files, args.lines_per_document))
-        keep = args.words / max(1, n_word)
-    every = lambda: documents(text_files, args.lines_per_document, keep, args.seed)
+    def text_of(files, words):
+        """A function that yields the documents of files, or of a random sample of about this many words."""
+        keep = words and words / max(1, sum(len(d.split()) for d in documents(files, args.lines_per_document)))
+        return lambda: documents(files, args.lines_per_document, keep or 1, args.seed)
+    every = text_of(text_files, args.words)
     if dev_files:
-        text = {"train": every, "val": lambda: documents(dev_files, args.lines_per_document)}
+        text = {"train": every, "val": text_of(dev_files, args.words // 10)}
     else:
         text = {"train": lambda: (d for i, d in enumerate(every()) if i % 100), "val": lambda: itertools.islice(every(), 0, None, 100)}
     shape = fetch(np.zeros(1, np.int64)).shape[1:] if fetch else (0, 1)
     meta = {"source": "babylm", "encoder": "given", "n_image_token": shape[0], "image_dim": shape[1],
-            "made_from": {"files": text_files + dev_files + [p for _, c, s in found + found_dev for p in (c, *s)],
+            "made_from": {"files": text_files + dev_files + [p for c, s in found + found_dev for p in (c, *s)],
                           "words": args.words, "captions": args.captions, "seed": args.seed}}
     return text, captions_of, itertools.chain(captions_of["train"][0], text["train"]()), meta, None
 
@@ -768,7 +753,7 @@ def make_parser():
     t.add_argument("--n_image", type=int, default=40000, help="training pictures, one caption each; a tenth as many more for validation")
     t.add_argument("--n_text", type=int, default=10000, help="text-only training documents; a tenth as many more for validation")
     t = p.add_argument_group("BabyLM files and photos")
-    t.add_argument("--words", type=int, default=0, help="babylm: take a random sample of about this many words of text; 0 = all")
+    t.add_argument("--words", type=int, default=0, help="babylm: take a random sample of about this many words of text, a tenth as many for validation; 0 = all")
     t.add_argument("--captions", type=int, default=0, help="take a random sample of this many training captions; 0 = all")
     t.add_argument("--caption_sets", default="", help="babylm: names of the caption files to take, by comma, such as local_narr; empty = all")
     t.add_argument("--lines_per_document", type=int, default=8, help="babylm: lines joined into one document (a blank line ends one too)")

@@ -34,7 +34,7 @@ ORDERS = {"alternate": lambda n: "TC" * n, "text-first": lambda n: "T" * n + "C"
 
 @dataclass
 class TrainConfig:
-    """How to train; the defaults are the paper's (Looking to Learn, Section 3.4)."""
+    """How to train; the defaults are the paper's (Looking to Learn)."""
     data: str = option("", "data folder made by prepare_data.py; empty = data/toy, or data/toy16 with 16 image tokens, made if missing")
     out: str = option("", "run folder to write; empty = out/<preset>")
     seed: int = option(1, "seed of weights, dropout and data order")
@@ -72,15 +72,18 @@ class TrainConfig:
         return ORDERS[self.curriculum](self.epochs) if self.curriculum in ORDERS else self.curriculum
 
 
-TOY = dict(n_layer=4, n_head=4, n_embd=128, n_image_layer=3, block_size=64, dropout=0.0, lr=2e-3, warmup_steps=100, weight_decay=0.05,
-           beta2=0.99, batch_tokens=1024, length_multiple=1, epochs=5, eval_interval=500, save_interval=500)
+# The toy presets gate per token: one number for each word is what a reader can check against a picture.
+TOY = dict(n_layer=4, n_head=4, n_embd=128, n_image_layer=3, block_size=64, dropout=0.0, gate="soft-token", epochs=3, batch_tokens=1024,
+           length_multiple=1, lr=2e-3, warmup_steps=100, weight_decay=0.05, beta2=0.99, eval_interval=250, save_interval=250)
+REAL = dict(data="data/babylm")
 PRESETS = {
     "toy": TOY,
     "patches": TOY | dict(n_image_token=16, epochs=6),
-    "laptop": dict(),
-    "small": dict(n_layer=6, n_head=6, n_embd=384, n_image_layer=3, lr=6e-4, warmup_steps=200, weight_decay=0.1, beta2=0.95, batch_tokens=16384,
-                  eval_interval=250, save_interval=250, epochs=4),
-    "paper": dict(),
+    "laptop": REAL | dict(n_layer=4, n_head=4, n_embd=192, n_image_layer=2, block_size=64, epochs=4, batch_tokens=1024, length_multiple=1, lr=2e-3,
+                          warmup_steps=100, weight_decay=0.05, beta2=0.99, eval_interval=250, save_interval=250, eval_tokens=20000),
+    "small": REAL | dict(n_layer=6, n_head=6, n_embd=384, n_image_layer=3, epochs=4, batch_tokens=16384, lr=6e-4, warmup_steps=200,
+                         weight_decay=0.1, beta2=0.95, eval_interval=250, save_interval=250),
+    "paper": REAL,
 }
 FROM_DATA = ("vocab_size", "image_dim")  # fields that only the data can know
 FREE = ("stop_after", "device", "compile", "log_interval", "eval_interval", "save_interval")  # may change when a run is resumed
@@ -90,11 +93,9 @@ FREE = ("stop_after", "device", "compile", "log_interval", "eval_interval", "sav
 # flags: every field of both configs is one
 
 def make_parser():
-    listing = "\n".join(f"  {name}: " + (" ".join(f"--{k} {v}" for k, v in preset.items()) or "the defaults") for name, preset in PRESETS.items())
     parser = argparse.ArgumentParser(description="Train a gated vision-language model. Without flags: the toy world, in minutes, on any machine.",
-                                     epilog=f"presets:\n{listing}", allow_abbrev=False, argument_default=argparse.SUPPRESS,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--preset", default="toy", choices=PRESETS, help="set of values that the other flags change (default: toy)")
+                                     usage="python train.py [--preset NAME] [--flag value] ...", allow_abbrev=False, argument_default=argparse.SUPPRESS)
+    parser.add_argument("--preset", default="toy", choices=PRESETS, help="set of values, shown at each flag below, which the other flags change (default: toy)")
     parser.add_argument("--resume", action="store_true", default=False, help="go on with the run in --out from its last.pt, to the bit")
     for title, config in ("training", TrainConfig), ("model", GateVLMConfig):
         group = parser.add_argument_group(title)
@@ -104,7 +105,9 @@ def make_parser():
             kind = dict(action=argparse.BooleanOptionalAction) if f.type is bool else dict(type=f.type, choices=f.metadata["choices"])
             if not f.metadata["choices"] and f.type is not bool:
                 kind["metavar"] = {int: "N", float: "X", str: "S"}[f.type]
-            group.add_argument(f"--{f.name}", help=f"{f.metadata['help']} (default: {f.default if f.default != '' else 'empty'})", **kind)
+            values = {name: preset[f.name] for name, preset in PRESETS.items() if f.name in preset}
+            default = "; ".join([f"default: {'empty' if f.default == '' else f.default}"] + [f"{name}: {value}" for name, value in values.items()])
+            group.add_argument(f"--{f.name}", help=f"{f.metadata['help']} ({default})", **kind)
 
     def error(message):
         raise InputError(message)
@@ -288,6 +291,8 @@ def train(config, model_config, data, state=None):
         if main_process:
             losses = evaluation.validate(raw, data, config.eval_tokens)
             write_log({"step": now["step"], "epoch": now["epoch"], **losses})
+            told = ", ".join(f"{name.removeprefix('val_loss_')} {loss:.3f}" for name, loss in losses.items() if loss is not None)
+            tqdm.write(f"step {now['step']:,} of {n_step:,}, {now['seconds'] / 60:.1f} min, validation loss: {told}", file=sys.stdout)
             loss = losses["val_loss_caption" if set(kinds) & set("CM") else "val_loss_text"]
             if loss is None or loss < now["best"]:
                 now["best"] = loss or now["best"]

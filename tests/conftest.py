@@ -1,0 +1,19 @@
+"""Shared by all tests: a small toy world with a thumbnail per picture, and one with 16 patches."""
+import os
+import sys
+
+import pytest
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+import prepare_data
+
+
+@pytest.fixture(scope="session")
+def toy(tmp_path_factory):
+    return prepare_data.main(["toy", "--n_image", "300", "--n_text", "200", "--out", str(tmp_path_factory.mktemp("data") / "toy")])
+
+
+@pytest.fixture(scope="session")
+def toy16(tmp_path_factory):
+    return prepare_data.main(["toy", "--n_image", "100", "--n_text", "100", "--n_image_token", "16",
+                              "--out", str(tmp_path_factory.mktemp("data") / "toy16")])
