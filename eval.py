@@ -20,9 +20,10 @@ a an the this that these those some any no each every either neither both all an
 of in on at by for with from to into onto over under above below behind beside near through across along around against
 between among before after during without within off out up down about as than toward towards upon
 and or but nor so if because while when where although though since until whether
+'s 't 'd 'm 'll 've 're
 i you he she it we they me him her us them my your his its our their mine yours hers ours theirs who whom whose which what there
 myself yourself himself herself itself ourselves themselves one
-is are was were be been being am do does did have has had having will would can could shall should may might must not n't
+is are was were be been being am do does did have has had having will would can could shall should may might must not
 """.split())
 FUNCTION_TAGS = frozenset("ADP AUX CCONJ DET PART PRON SCONJ".split())
 CONTENT_TAGS = frozenset("ADJ ADV NOUN NUM PROPN VERB".split())
@@ -36,7 +37,7 @@ def caption_losses(model, data, ids, view="image", batch_tokens=8192):
     """Per caption of the validation set: losses (n_token,) in nats and gates (n_layer, n_token). view: "image" shows each its
     own image, "other" the next image of the file, "none" withholds it."""
     block, device = model.config.block_size, next(model.parameters()).device
-    length, rows = data.lengths("val", block)[ids], data.image_row["val"][ids]
+    length, rows = data.lengths("val", block, ids), data.image_row["val"][ids]
     if view == "other":
         every = np.unique(data.image_row["val"])
         rows = every[(np.searchsorted(every, rows) + 1) % len(every)]
@@ -68,7 +69,7 @@ def text_loss(model, data, max_tokens=None):
     for start in starts + ([np.array([whole * T])] if (len(stream) - 1) % T else []):
         block = stream[start[:, None] + np.arange(min(T, len(stream) - 1 - start[0]) + 1)].astype(np.int64)
         block = torch.from_numpy(block).to(device)
-        total += model.token_losses(block[:, :-1], block[:, 1:])[0].double().sum().item()
+        total += model.token_losses(block[:, :-1], block[:, 1:])[0].cpu().double().sum().item()
     model.train(was_training)
     return total / (len(stream) - 1)
 
@@ -96,14 +97,15 @@ def validate(model, data, max_tokens=None):
 def words_of(ids, encoding):
     """Token ids of a caption -> [(word, position of its first token)]. A gate is read where the model predicts the word, and in a
     caption that starts after <eot> that is the same position."""
-    words = []
+    words, letters = [], False  # letters: the previous piece can be continued
     for position, token in enumerate(ids):
         piece = encoding.decode_single_token_bytes(int(token)) if int(token) != encoding.eot_token else b""
-        starts = not words or piece[:1].isspace() or not piece.decode(errors="ignore").strip().isalnum()
-        if piece and starts:
+        plain = all(c.isalnum() for c in piece.decode(errors="ignore").strip())  # part of a character counts as a letter
+        if piece and (not letters or not plain or piece[:1].isspace()):
             words.append([piece, position])
         elif piece:
             words[-1][0] += piece
+        letters = bool(piece) and plain
     return [(word.decode(errors="replace").strip(), position) for word, position in words]
 
 
@@ -256,6 +258,6 @@ def main(argv=None):
 if __name__ == "__main__":
     try:
         main()
-    except InputError as error:
+    except (InputError, OSError) as error:
         print(f"eval.py: {error}", file=sys.stderr)
         sys.exit(2)

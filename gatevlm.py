@@ -80,6 +80,8 @@ class GateVLMConfig:
             raise InputError(f"n_embd must be a multiple of n_head, and {self.n_embd} is not a multiple of {self.n_head}")
         if self.dropout >= 1:
             raise InputError(f"dropout must be below 1, not {self.dropout}")
+        if self.contrastive == "lcg" and self.n_layer < 2:
+            raise InputError("contrastive lcg keeps the image away from block 0, so n_layer must be at least 2")
         if self.n_image_token == 0 and self.contrastive != "none":
             raise InputError(f"contrastive {self.contrastive} compares text with images, but n_image_token is 0")
 
@@ -296,16 +298,14 @@ class GateVLM(nn.Module):
         self.apply(self._init_weights)
 
     def _init_weights(self, module):
-        if isinstance(module, nn.Embedding):
-            nn.init.normal_(module.weight, std=0.02)
-        if isinstance(module, nn.Linear):
-            nn.init.normal_(module.weight, std=(3 * module.in_features) ** -0.5)  # GPT-2's 0.02 at width 768
-            if module.bias is not None:
-                nn.init.zeros_(module.bias)
+        if isinstance(module, (nn.Linear, nn.Embedding)):
+            nn.init.normal_(module.weight, std=(3 * module.weight.size(1)) ** -0.5)  # GPT-2's 0.02 at width 768, more where narrow
+        if isinstance(module, nn.Linear) and module.bias is not None:
+            nn.init.zeros_(module.bias)
         if isinstance(module, (Attention, MLP)):  # the residual stream sums 2 * n_layer of these (GPT-2)
             module.proj.weight.data /= math.sqrt(2 * self.config.n_layer)
         if isinstance(module, ImageEncoder):
-            nn.init.normal_(module.position, std=0.02)
+            nn.init.normal_(module.position, std=0.5)  # about the scale of the projected features beside it
         if isinstance(module, Block) and module.sees_image:
             # not a residual branch of its own: the gate weighs it against normalised text, so it starts at that scale
             nn.init.normal_(module.cross.proj.weight, std=self.config.n_embd ** -0.5)
@@ -315,15 +315,22 @@ class GateVLM(nn.Module):
     def trunk(self, idx, image=None, cache=None):
         """Everything below the head: h (B,T,D), gates (n_layer,B,T), pooled image (B,D) or None, block 0's output (B,T,D)."""
         start = 0 if cache is None or not cache[0]["self"] else cache[0]["self"]["key"].size(2)
-        T = idx.size(1)
+        B, T = idx.shape
         if start + T > self.config.block_size:
             raise InputError(f"a text of {start + T} tokens does not fit block_size {self.config.block_size}")
+        if start and T > 1:
+            raise InputError(f"a cache that holds {start} tokens takes one more at a time, not {T}")
         position = torch.arange(start, start + T, device=idx.device)
         h = self.drop(self.token_embedding(idx) + self.position_embedding(position))  # (B, T, D)
         if image is not None and not self.config.n_image_token:
             raise InputError("this model was trained without images (n_image_token is 0): call it with image=None")
         if image is not None:
-            image = self.image_encoder(image)  # (B, K, D)
+            if image.shape != (B, self.config.n_image_token, self.config.image_dim):
+                raise InputError(f"image must have shape {(B, self.config.n_image_token, self.config.image_dim)}, not {tuple(image.shape)}")
+            encoded = cache[0].get("encoded") if cache else None
+            image = self.image_encoder(image) if encoded is None else encoded  # (B, K, D)
+            if cache:
+                cache[0]["encoded"] = image
         gates = []
         for i, block in enumerate(self.blocks):
             h, gate = block(h, image, self.gate_temperature, None if cache is None else cache[i])
@@ -351,13 +358,14 @@ class GateVLM(nn.Module):
         return (logits, loss, gates) if return_gates else (logits, loss)
 
     def contrastive(self, idx, first, real, pooled):
-        scale = self.log_scale.clamp(max=math.log(100)).exp()
-        if self.config.contrastive == "clip":
-            weight = real / real.sum(dim=1, keepdim=True).clamp(min=1)  # (B, T)
-            text = torch.einsum("bt,btd->bd", weight, self.token_embedding(idx))  # mean over real tokens
-            return clip_loss(text.float(), pooled.float(), scale)
-        owner = torch.arange(len(idx), device=idx.device)[:, None].expand_as(idx)[real]  # (N,)
-        return lcg_loss(first[real].float(), owner, pooled.float(), scale)
+        scale = self.log_scale.clamp(max=math.log(100)).exp().float()
+        with torch.autocast(idx.device.type, enabled=False):  # at scale 100, bfloat16 similarities would be off by 0.3
+            if self.config.contrastive == "clip":
+                embedded = self.token_embedding(idx).float() * real[..., None]  # (B, T, D)
+                text = embedded.sum(dim=1) / real.sum(dim=1, keepdim=True).clamp(min=1)  # (B, D) mean over real tokens
+                return clip_loss(text, pooled.float(), scale)
+            owner = torch.arange(len(idx), device=idx.device)[:, None].expand_as(idx)[real]  # (N,)
+            return lcg_loss(first[real].float(), owner, pooled.float(), scale)
 
     def token_losses(self, idx, targets, image=None):
         """Loss of every target in nats, (B,T) float32, 0 where targets is -1; and the gates (n_layer,B,T)."""
@@ -386,26 +394,27 @@ class GateVLM(nn.Module):
         """Continue idx (B,T), or caption image (B,K,image_dim) when idx is <eot>: (B, T + new). temperature 0 takes the best
         token. Ends at max_new_tokens, at a full block, or when every row has produced eot (rows that end early repeat it)."""
         was_training, done = self.training, torch.zeros(len(idx), dtype=torch.bool, device=idx.device)
-        self.eval()
         cache = [{"self": {}, "image": {}} for _ in self.blocks] if use_cache else None
-        for step in range(min(max_new_tokens, self.config.block_size - idx.size(1))):
-            new = idx[:, -1:] if use_cache and step else idx
-            h, _, _, _ = self.trunk(new, image, cache)
-            logits = self.logits(h[:, -1]).float()  # (B, V)
-            if temperature == 0:
-                best = logits.argmax(dim=-1)  # (B,)
-            else:
-                if top_k is not None:
-                    least = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]
-                    logits = logits.masked_fill(logits < least, -math.inf)
-                best = torch.multinomial(F.softmax(logits / temperature, dim=-1), 1)[:, 0]
-            if eot is not None:
-                best = best.masked_fill(done, eot)
-                done = done | (best == eot)
-            idx = torch.cat([idx, best[:, None]], dim=1)
-            if done.all():
-                break
-        self.train(was_training)
+        self.eval()
+        try:
+            for step in range(min(max_new_tokens, self.config.block_size - idx.size(1))):
+                h, _, _, _ = self.trunk(idx[:, -1:] if use_cache and step else idx, image, cache)
+                logits = self.logits(h[:, -1]).float()  # (B, V)
+                if temperature == 0:
+                    best = logits.argmax(dim=-1)  # (B,)
+                else:
+                    if top_k is not None:
+                        least = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]
+                        logits = logits.masked_fill(logits < least, -math.inf)
+                    best = torch.multinomial(F.softmax(logits / temperature, dim=-1), 1)[:, 0]
+                if eot is not None:
+                    best = best.masked_fill(done, eot)
+                    done = done | (best == eot)
+                idx = torch.cat([idx, best[:, None]], dim=1)
+                if done.all():
+                    break
+        finally:
+            self.train(was_training)
         return idx
 
 
@@ -442,6 +451,6 @@ def load_model(run, checkpoint="best.pt", device="cpu"):
     try:
         model = GateVLM(GateVLMConfig(**state["model_config"])).to(device)
         model.load_state_dict(state["model"])
-    except (TypeError, RuntimeError, InputError) as error:
+    except (TypeError, AttributeError, RuntimeError, InputError) as error:
         raise InputError(f"{path}: made by another version of gatevlm: {str(error).splitlines()[0]}") from error
     return model.eval()

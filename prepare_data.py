@@ -175,7 +175,7 @@ def toy_items(rng, n):
             second, tag = ((size, color2, shape), relation, (size2, color, shape2)), "colors swapped"
         else:
             second, tag = ((size2, color2, shape2), relation, (size, color, shape)), "places swapped"
-        both = [f"the {a[1]} {a[2]} is {there} the {b[0]} {b[1]} {b[2]}." for a, _, b in (first, second)]
+        both = [f"{an(a[0])} {a[1]} {a[2]} is {there} {an(b[0])} {b[1]} {b[2]}." for a, _, b in (first, second)]
         for key in 0, 1:
             items["winoground_filtered/winoground.jsonl"].append({
                 "caption_0": both[key], "caption_1": both[1 - key], "image_idx": i, "image_key": f"image_{key}",
@@ -320,6 +320,8 @@ def open_picture(path):
     """An upright RGB picture, or InputError naming the file."""
     try:
         with Image.open(path) as picture:
+            if picture.mode.startswith("I"):  # 16 bits per pixel, which convert() would clip to white
+                picture = Image.fromarray((np.asarray(picture) >> 8).clip(0, 255).astype(np.uint8))
             return ImageOps.exif_transpose(picture).convert("RGB")
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise InputError(f"{path}: not a readable picture ({error})") from error
@@ -340,7 +342,9 @@ def make_encoder(encoder, n_image_token):
 # 4. readers: BabyLM files and your own photos
 
 def read_lines(path):
-    """Yield (line number, line) of a UTF-8 text file, any line ending, with or without BOM; InputError names a bad line."""
+    """Yield (line number, line) of a UTF-8 text file, LF or CRLF, with or without BOM; InputError names a bad line."""
+    if not os.path.isfile(path):
+        raise InputError(f"{path}: no such file")
     with open(path, "rb") as f:
         for number, line in enumerate(f, 1):
             try:
@@ -376,15 +380,16 @@ def find_text(root, split):
 
 def find_captions(root, split, wanted):
     """[(captions file, [states files])] of image_caption/ (validation: image_caption_dev/), multimodal_data/ or root itself."""
-    found = []
-    for sub in ("image_caption", "multimodal_data", "") if split == "train" else ("image_caption_dev",):
-        for path in sorted(glob.glob(os.path.join(glob.escape(root), sub, "*_captions.json"))):
-            stem = path.removesuffix("_captions.json")
-            states = sorted(glob.glob(f"{glob.escape(stem)}_*states*.npy"))
-            if not wanted or os.path.basename(stem) in wanted:
-                if not states:
-                    raise InputError(f"{path}: expected {os.path.basename(stem)}_*states*.npy beside it")
-                found.append((path, states))
+    stems = [path.removesuffix("_captions.json") for sub in (("image_caption", "multimodal_data", "") if split == "train" else ("image_caption_dev",))
+             for path in sorted(glob.glob(os.path.join(glob.escape(root), sub, "*_captions.json")))]
+    found, by_number = [], lambda path: [int(x) if x.isdigit() else x for x in re.split(r"(\d+)", path)]  # _2of12 before _10of12
+    for stem in stems:
+        longer = tuple(f"{other}_" for other in stems if other.startswith(f"{stem}_"))
+        states = [path for path in glob.glob(f"{glob.escape(stem)}_*states*.npy") if not path.startswith(longer)]
+        if not wanted or os.path.basename(stem) in wanted:
+            if not states:
+                raise InputError(f"{stem}_captions.json: expected {os.path.basename(stem)}_*states*.npy beside it")
+            found.append((f"{stem}_captions.json", sorted(states, key=by_number)))
     return found
 
 
@@ -416,6 +421,8 @@ def open_states(path):
         states = np.load(path, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
         raise InputError(f"{path}: not a whole .npy file ({error})") from error
+    if not isinstance(states, np.ndarray):
+        raise InputError(f"{path}: an archive of arrays; expected one .npy array")
     if states.ndim not in (2, 3) or states.dtype.kind != "f" or 0 in states.shape:
         raise InputError(f"{path}: expected floats of shape (n, 768) or (n, tokens, 768), found {states.dtype} {states.shape}")
     return states if states.ndim == 3 else states[:, None]
@@ -436,7 +443,8 @@ def read_caption_sets(found):
             if states.shape[1:] != arrays[0].shape[1:]:
                 raise InputError(f"{path}: rows of shape {states.shape[1:]}, expected {arrays[0].shape[1:]} as in {found[0][1][0]}")
             for part in chunks(len(states)):
-                x = np.asarray(states[part], np.float32)
+                with np.errstate(over="ignore"):  # what float32 cannot hold becomes inf and is refused
+                    x = np.asarray(states[part], np.float32)
                 bad = ~(np.abs(x) <= 65504).all(axis=(1, 2))  # NaN, inf, and what float16 cannot hold
                 if bad.any():
                     raise InputError(f"{path}, row {part.start + bad.argmax()}: NaN, inf or a number beyond 65504; expected finite features")
@@ -472,9 +480,14 @@ def read_photo_captions(path):
                 if "\t" not in line:
                     raise InputError(f"{path}, line {number}: expected picture<TAB>caption, found {line!r:.60}")
                 name, caption = line.split("\t", 1)
+                if not caption.strip():
+                    raise InputError(f"{path}, line {number}: expected a caption after the TAB")
                 pairs.append((re.sub(r"#\d+$", "", name), caption))
     if not pairs:
         raise InputError(f"{path}: no captions in it")
+    for name, _ in pairs:
+        if not isinstance(name, str):
+            raise InputError(f"{path}: expected the file name of a picture, found {name!r}")
     check_captions(path, [caption for _, caption in pairs])
     return pairs
 
@@ -483,8 +496,11 @@ def read_photo_captions(path):
 # 5. the writer, and the reader of what it wrote
 
 def sha256(path):
+    digest = hashlib.sha256()
     with open(path, "rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest() if sys.version_info >= (3, 11) else hashlib.sha256(f.read()).hexdigest()
+        while part := f.read(1 << 20):
+            digest.update(part)
+    return digest.hexdigest()
 
 
 def write_text(path, documents, encoding):
@@ -532,8 +548,8 @@ def write_folder(out, text, captions, tokenizer, meta, max_caption, overwrite, e
     """Write a data folder under a temporary name and rename it when it is whole. text {split: function -> documents};
     captions {split: ([caption], rows (n,), fetch)} where fetch(rows) -> features (n, K, image_dim); extra(folder, encoding)
     adds files and returns more meta."""
-    if os.path.exists(out) and not overwrite:
-        raise InputError(f"{out}: exists already; --overwrite replaces it, --out writes elsewhere")
+    if os.path.exists(out) and not (overwrite and os.path.isfile(os.path.join(out, "meta.json"))):
+        raise InputError(f"{out}: exists already; --overwrite replaces a data folder, --out writes elsewhere")
     part = f"{out.rstrip('/')}.part"
     shutil.rmtree(part, ignore_errors=True)
     os.makedirs(part)
@@ -611,13 +627,13 @@ class Data:
         path = os.path.join(self.folder, name)  # numpy cannot map an empty file
         return np.memmap(path, np.uint16, "r") if os.path.getsize(path) else np.zeros(0, np.uint16)
 
-    def lengths(self, split, block_size):
-        """Tokens of every caption with its <eot>, cut to block_size: (n,)."""
-        return np.minimum(np.diff(self.offset[split]), block_size)
+    def lengths(self, split, block_size, ids=slice(None)):
+        """Tokens of captions ids (all of them by default) with their <eot>, cut to block_size: (n,)."""
+        return np.minimum(self.offset[split][1:][ids] - self.offset[split][:-1][ids], block_size)
 
     def caption_batch(self, split, ids, block_size, image_rows=None, multiple=1):
         """Captions ids -> idx (B,T), targets (B,T) with -1 after the end, image (B,K,image_dim) float32; T is padded to a multiple."""
-        length = self.lengths(split, block_size)[ids]
+        length = self.lengths(split, block_size, ids)
         T = min(-(-length.max() // multiple) * multiple, block_size)
         targets = np.full((len(ids), T), -1)
         for row, (start, n) in enumerate(zip(self.offset[split][ids], length)):
@@ -708,8 +724,11 @@ def prepare_babylm(args):
     if dev_files:
         text = {"train": every, "val": text_of(dev_files, args.words // 10)}
     else:
-        text = {"train": lambda: (d for i, d in enumerate(every()) if i % 100), "val": lambda: itertools.islice(every(), 0, None, 100)}
+        text = {"train": lambda: (d for i, d in enumerate(every()) if i % 100 != 99), "val": lambda: itertools.islice(every(), 99, None, 100)}
     shape = fetch(np.zeros(1, np.int64)).shape[1:] if fetch else (0, 1)
+    held_shape = val[2](np.zeros(1, np.int64)).shape[1:] if val[2] else shape
+    if held_shape != shape:
+        raise InputError(f"{found_dev[0][1][0]}: held-out rows of shape {held_shape}, expected {shape} as in training")
     meta = {"source": "babylm", "encoder": "given", "n_image_token": shape[0], "image_dim": shape[1],
             "made_from": {"files": text_files + dev_files + [p for c, s in found + found_dev for p in (c, *s)],
                           "words": args.words, "captions": args.captions, "seed": args.seed}}
@@ -729,6 +748,8 @@ def prepare_photos(args):
     index = {name: i for i, name in enumerate(names)}
     rows = np.array([index[name] for name, _ in pairs])
     held = hold_out(rows, args.seed, share=0.1)
+    if held.all():
+        raise InputError(f"{captions_file}: captions of one picture only; expected at least two, as one is held out for validation")
     train = [c for (_, c), h in zip(pairs, held) if not h], rows[~held]
     captions_of = {"train": (*sample_captions(*train, args.captions, args.seed), fetch),
                    "val": ([c for (_, c), h in zip(pairs, held) if h], rows[held], fetch)}
@@ -751,7 +772,7 @@ def make_parser():
     t.add_argument("--vocab_size", type=int, default=8192, help="bpe: number of ids at most, 256 bytes and <eot> among them")
     t = p.add_argument_group("toy world")
     t.add_argument("--n_image", type=int, default=40000, help="training pictures, one caption each; a tenth as many more for validation")
-    t.add_argument("--n_text", type=int, default=10000, help="text-only training documents; a tenth as many more for validation")
+    t.add_argument("--n_text", type=int, default=5000, help="text-only training documents; a tenth as many more for validation")
     t = p.add_argument_group("BabyLM files and photos")
     t.add_argument("--words", type=int, default=0, help="babylm: take a random sample of about this many words of text, a tenth as many for validation; 0 = all")
     t.add_argument("--captions", type=int, default=0, help="take a random sample of this many training captions; 0 = all")
@@ -765,7 +786,7 @@ def make_parser():
 def main(argv=None):
     """Prepare a data folder; returns its path. Raises InputError on wrong input and then leaves no folder."""
     args = make_parser().parse_args(argv)
-    for name, least in ("vocab_size", 257), ("max_caption", 2), ("n_image", 1), ("n_text", 1), ("lines_per_document", 1), ("words", 0), ("captions", 0):
+    for name, least in ("vocab_size", 257), ("max_caption", 32 if args.source == "toy" else 2), ("seed", 0), ("n_image", 1), ("n_text", 1), ("lines_per_document", 1), ("words", 0), ("captions", 0):
         if getattr(args, name) < least:
             raise InputError(f"--{name} must be at least {least}, not {getattr(args, name)}")
     if args.source != "toy" and not os.path.isdir(args.folder):
@@ -786,6 +807,6 @@ def main(argv=None):
 if __name__ == "__main__":
     try:
         main()
-    except InputError as error:
+    except (InputError, OSError) as error:
         print(f"prepare_data.py: {error}", file=sys.stderr)
         sys.exit(2)

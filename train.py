@@ -73,7 +73,7 @@ class TrainConfig:
 
 
 # The toy presets gate per token: one number for each word is what a reader can check against a picture.
-TOY = dict(n_layer=4, n_head=4, n_embd=128, n_image_layer=3, block_size=64, dropout=0.0, gate="soft-token", epochs=3, batch_tokens=1024,
+TOY = dict(n_layer=4, n_head=4, n_embd=128, n_image_layer=3, block_size=64, dropout=0.0, gate="soft-token", epochs=4, batch_tokens=1024,
            length_multiple=1, lr=2e-3, warmup_steps=100, weight_decay=0.05, beta2=0.99, eval_interval=250, save_interval=250)
 REAL = dict(data="data/babylm")
 PRESETS = {
@@ -189,7 +189,7 @@ def load_batch(batch, config, model_config, data, device):
 
 def n_target(batch, model_config, data):
     kind, rows = batch
-    return len(rows) * model_config.block_size if kind == "T" else int(data.lengths("train", model_config.block_size)[rows].sum())
+    return len(rows) * model_config.block_size if kind == "T" else int(data.lengths("train", model_config.block_size, rows).sum())
 
 
 def learning_rate(step, config, n_step):
@@ -209,6 +209,8 @@ def pick_device(wanted, local_rank):
     try:
         device = torch.device(wanted, local_rank) if wanted == "cuda" else torch.device(wanted)
         torch.zeros(1, device=device)
+        if wanted == "cuda":
+            torch.cuda.set_device(device)
     except (RuntimeError, AssertionError) as error:
         raise InputError(f"device {wanted} is not there: {str(error).splitlines()[0]}") from error
     return device
@@ -228,8 +230,9 @@ def write_json(path, value):
 
 
 def read_log(path):
+    """The lines of log.jsonl; a last line that a crash cut short is left out."""
     with open(path, encoding="utf-8") as f:
-        return [json.loads(line) for line in f]
+        return [json.loads(line) for line in f if line.endswith("\n")]
 
 
 def train(config, model_config, data, state=None):
@@ -237,9 +240,6 @@ def train(config, model_config, data, state=None):
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = pick_device(config.device, int(os.environ.get("LOCAL_RANK", 0)))
     main_process, on_cuda = rank == 0, device.type == "cuda"
-    if world > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if on_cuda else "gloo")
-
     torch.manual_seed(config.seed)
     raw = GateVLM(model_config).to(device)
     if model_config.n_image_token and len(data.image_row["train"]):
@@ -260,13 +260,13 @@ def train(config, model_config, data, state=None):
     torch.set_float32_matmul_precision("high")
 
     plans = {kind: epoch_plan(kind, 0, config, model_config.block_size, data) for kind in set(kinds)}  # every epoch has as many batches
-    n_step = sum(len(plans[kind]) for kind in kinds)
-    n_step = min(n_step, config.max_steps or n_step)
-    n_caption_step = max(1, sum(batch[0] == "C" for kind in kinds for batch in plans[kind]))
+    order = [batch[0] for kind in kinds for batch in plans[kind]]
+    n_step = min(len(order), config.max_steps or len(order))
+    n_caption_step = max(1, order[:n_step].count("C"))
     plan = epoch_plan(kinds[now["epoch"]], now["epoch"], config, model_config.block_size, data)
 
     path = lambda name: os.path.join(config.out, name)
-    log, stop, bad = None, [], torch.zeros((), device=device)
+    log, signals, bad = None, [], torch.zeros((), device=device)
     if main_process:
         lines = [line for line in read_log(path("log.jsonl")) if line["step"] <= now["step"]] if state else []
         with open(path("log.jsonl.part"), "w", encoding="utf-8") as f:
@@ -274,7 +274,7 @@ def train(config, model_config, data, state=None):
         os.replace(path("log.jsonl.part"), path("log.jsonl"))
         log = open(path("log.jsonl"), "a", encoding="utf-8")
         print(f"{raw.n_parameter():,} parameters on {device}; {n_step:,} steps: {kinds}")
-    handlers = {s: signal.signal(s, lambda number, frame: stop.append(number)) for s in (signal.SIGINT, signal.SIGTERM)}
+    handlers = {s: signal.signal(s, lambda number, frame: signals.append(number)) for s in (signal.SIGINT, signal.SIGTERM)}
 
     def write_log(line):
         if main_process:
@@ -300,80 +300,92 @@ def train(config, model_config, data, state=None):
 
     def check_finite():
         if bad.item():
-            raise InputError(f"the loss became NaN or inf at step {int(bad.item())} (epoch {now['epoch']}, {kinds[now['epoch']]}); last.pt is from "
-                             "before that. A lower --lr or more --warmup_steps is the usual cure")
+            raise InputError(f"the loss or its gradient became NaN or inf at step {int(bad.item())} (epoch {now['epoch']}, kind {kinds[now['epoch']]}); "
+                             "nothing was saved since. A new run with a lower --lr or more --warmup_steps is the usual cure")
 
     raw.train()
     progress = tqdm(total=n_step, initial=now["step"], disable=None if main_process else True, dynamic_ncols=True)
-    since_log, tokens_since, started = time.perf_counter(), 0, time.perf_counter()
-    while now["step"] < n_step and not stop:
-        if now["cursor"] == len(plan):
-            now["epoch"], now["cursor"] = now["epoch"] + 1, 0
-            plan = epoch_plan(kinds[now["epoch"]], now["epoch"], config, model_config.block_size, data)
-        kind, rows = batch = plan[now["cursor"]]
-        # noise is a function of (seed, step, rank): resuming needs no generator state, and evaluating cannot disturb training
-        torch.manual_seed((config.seed * 1_000_003 + now["step"]) * world + rank)
-        if kind == "C":
-            raw.anneal(now["caption_step"] / n_caption_step)
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(now["step"], config, n_step)
-        logs = (now["step"] + 1) % config.log_interval == 0 or now["step"] + 1 == n_step
+    started = since_log = time.perf_counter()
+    tokens_since = 0
+    try:
+        while now["step"] < n_step:
+            if now["cursor"] == len(plan):
+                now["epoch"], now["cursor"] = now["epoch"] + 1, 0
+                plan = epoch_plan(kinds[now["epoch"]], now["epoch"], config, model_config.block_size, data)
+            kind, rows = batch = plan[now["cursor"]]
+            # noise is a function of (seed, step, rank): resuming needs no generator state, and evaluating cannot disturb training
+            torch.manual_seed((config.seed * 1_000_003 + now["step"]) * world + rank)
+            if kind == "C":
+                raw.anneal(now["caption_step"] / n_caption_step)
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(now["step"], config, n_step)
 
-        n_real, loss, extra, gates = n_target(batch, model_config, data), torch.zeros((), device=device), None, None
-        for micro in range(config.grad_accum):
-            part = kind, rows[micro * world + rank::config.grad_accum * world]
-            weight = n_target(part, model_config, data) / n_real * world  # DDP averages over ranks; tokens count equally, wherever they are
-            if not len(part[1]):
-                part = kind, rows[:1]  # every rank has to take part in the reduction, if only with weight 0
-            idx, targets, image = load_batch(part, config, model_config, data, device)
-            last = micro == config.grad_accum - 1
-            with nullcontext() if last or world == 1 else model.no_sync():
-                with precision:
-                    output = model(idx, targets, image, return_gates=True)
-                (output[1] * weight).backward()
-            loss += raw.loss_parts["language"] * weight / world
-            extra, gates = raw.loss_parts.get("contrastive"), output[2].detach() if image is not None else None
-        norm = torch.nn.utils.clip_grad_norm_(raw.parameters(), config.grad_clip or math.inf)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+            n_real, loss, extra = n_target(batch, model_config, data), torch.zeros((), device=device), None
+            for micro in range(config.grad_accum):
+                part = kind, rows[micro * world + rank::config.grad_accum * world]
+                weight = n_target(part, model_config, data) / n_real * world  # DDP averages over ranks; every token counts the same
+                if not len(part[1]):
+                    part = kind, rows[:1]  # every rank has to take part in the reduction, if only with weight 0
+                idx, targets, image = load_batch(part, config, model_config, data, device)
+                last = micro == config.grad_accum - 1
+                with nullcontext() if last or world == 1 else model.no_sync():
+                    with precision:
+                        _, total, gates = model(idx, targets, image, return_gates=True)
+                    (total * weight).backward()
+                loss += raw.loss_parts["language"] * weight / world
+                if "contrastive" in raw.loss_parts:
+                    extra = raw.loss_parts["contrastive"] * weight / world + (0 if extra is None else extra)
+            norm = torch.nn.utils.clip_grad_norm_(raw.parameters(), config.grad_clip or math.inf)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
 
-        now["step"], now["cursor"] = now["step"] + 1, now["cursor"] + 1
-        now["caption_step"] += kind == "C"
-        now["tokens_seen"] += n_real
-        tokens_since += n_real
-        progress.update()
-        bad = torch.where((bad == 0) & ~torch.isfinite(loss + norm), now["step"], bad)
-        if not on_cuda or logs:  # reading a number makes a GPU wait
-            check_finite()
-        if logs:
-            if world > 1:
-                dist.all_reduce(loss)
-            line = {"step": now["step"], "epoch": now["epoch"], "kind": kind, "loss": loss.item(), "lr": optimizer.param_groups[0]["lr"],
-                    "grad_norm": norm.item(), "tokens_seen": now["tokens_seen"],
-                    "tokens_per_second": round(tokens_since / (time.perf_counter() - since_log))}
-            if extra is not None:
-                line["contrastive"] = extra.item()
-            if gates is not None:
-                line |= {"gate_mean": gates.mean(dim=(1, 2)).tolist(), "gate_std": gates.std(dim=(1, 2)).tolist()}
-            write_log(line)
-            progress.set_postfix_str(f"{kind} loss {line['loss']:.3f}")
-            since_log, tokens_since = time.perf_counter(), 0
-        stop += [0] if now["step"] == config.stop_after else []
-        done = now["step"] == n_step
-        if now["step"] % config.eval_interval == 0 or done:
-            now["seconds"] += time.perf_counter() - started
-            evaluate()
-            started = since_log = time.perf_counter()
-        if now["step"] % config.save_interval == 0 or done or stop:
-            check_finite()
-            now["seconds"] += time.perf_counter() - started
-            save("last.pt")
-            started = time.perf_counter()
-    progress.close()
-    for s, handler in handlers.items():
-        signal.signal(s, handler)
-    if main_process:
-        log.close()
+            now["step"], now["cursor"] = now["step"] + 1, now["cursor"] + 1
+            now["caption_step"] += kind == "C"
+            now["tokens_seen"] += n_real
+            tokens_since += n_real
+            progress.update()
+            done, logs = now["step"] == n_step, now["step"] % config.log_interval == 0 or now["step"] == n_step
+            bad = torch.where((bad == 0) & ~torch.isfinite(loss + norm), now["step"], bad)
+            if not on_cuda or logs:  # reading a number makes a GPU wait
+                check_finite()
+            if logs:
+                if world > 1:
+                    dist.all_reduce(loss)
+                line = {"step": now["step"], "epoch": now["epoch"], "kind": kind, "loss": loss.item(), "lr": optimizer.param_groups[0]["lr"],
+                        "grad_norm": norm.item(), "tokens_seen": now["tokens_seen"],
+                        "tokens_per_second": round(tokens_since / (time.perf_counter() - since_log))}
+                if extra is not None:
+                    line["contrastive"] = float(extra)
+                if image is not None:  # of the last micro-batch, on the first process
+                    real = gates.detach()[:, targets != -1]  # (n_layer, N)
+                    line |= {"gate_mean": real.mean(dim=1).tolist(), "gate_std": real.std(dim=1).tolist()}
+                write_log(line)
+                progress.set_postfix_str(f"{kind} loss {line['loss']:.3f}")
+                since_log, tokens_since = time.perf_counter(), 0
+            if now["step"] % config.eval_interval == 0 or done:
+                paused = time.perf_counter()
+                now["seconds"] += paused - started
+                evaluate()
+                started = time.perf_counter()
+                since_log += started - paused
+            stopping = bool(signals) or now["step"] == config.stop_after
+            if world > 1:  # a signal may reach one process a step before another
+                flag = torch.tensor(float(stopping), device=device)
+                dist.all_reduce(flag)
+                stopping = flag.item() > 0
+            if now["step"] % config.save_interval == 0 or done or stopping:
+                check_finite()
+                now["seconds"] += time.perf_counter() - started
+                save("last.pt")
+                started = time.perf_counter()
+            if stopping:
+                break
+    finally:
+        progress.close()
+        for s, handler in handlers.items():
+            signal.signal(s, handler)
+        if main_process:
+            log.close()
     return now["step"] == n_step
 
 
@@ -401,15 +413,15 @@ def finish(config, data):
 def main(argv=None):
     """Train from command line flags; returns the summary, or None when the run stopped early to be resumed."""
     preset, resume, flags = parse(argv)
-    main_process = int(os.environ.get("RANK", 0)) == 0
-    out = flags.get("out") or os.path.join("out", preset)
+    world, main_process = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0)) == 0
+    out = flags.pop("out", "") or os.path.join("out", preset)
     state = load_checkpoint(os.path.join(out, "last.pt")) if resume else None
     if state:
         values = state["model_config"] | state["config"]
         for name, value in flags.items():
             if name not in FREE and value != values[name]:
                 raise InputError(f"--{name} {value}: the run in {out} was started with {values[name]}; only {', '.join(FREE)} may change on --resume")
-        values |= flags
+        values |= flags | {"out": out}
     else:
         values = PRESETS[preset] | flags | {"out": out}
         if not values.get("data"):
@@ -418,6 +430,10 @@ def main(argv=None):
                 prepare_data.main(["toy", "--out", values["data"], "--n_image_token", str(values.get("n_image_token", 1))])
         if os.path.exists(os.path.join(out, "last.pt")):
             raise InputError(f"{out} holds a run already: --resume goes on with it, --out starts another")
+    if world > 1:
+        on_cuda = pick_device(values.get("device", "auto"), int(os.environ.get("LOCAL_RANK", 0))).type == "cuda"
+        dist.init_process_group("nccl" if on_cuda else "gloo")
+        dist.barrier()  # until the first process has made the data
     data = prepare_data.Data(values["data"])
     config, model_config = make_configs(values, data)
     if main_process and not state:
@@ -425,7 +441,11 @@ def main(argv=None):
         write_json(os.path.join(out, "config.json"), {"preset": preset, "train": asdict(config), "model": asdict(model_config)})
         for name in "tokenizer.tiktoken", "meta.json":
             shutil.copy(os.path.join(data.folder, name), out)
+    if world > 1:
+        dist.barrier()  # until the run folder is there
     done = train(config, model_config, data, state)
+    if world > 1:
+        dist.destroy_process_group()
     if not done and main_process:
         print(f"stopped and saved; go on with: python train.py --resume --out {out}")
     return finish(config, data) if done and main_process else None
@@ -434,6 +454,6 @@ def main(argv=None):
 if __name__ == "__main__":
     try:
         main()
-    except InputError as error:
+    except (InputError, OSError) as error:
         print(f"train.py: {error}", file=sys.stderr)
         sys.exit(2)

@@ -31,7 +31,6 @@ from prepare_data import COLOR, INVERSE, RELATION, SHAPE, SIZE, Data, captions, 
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 SHARED = os.path.join(ROOT, "..", "shared", "data")
-BUG = pytest.mark.xfail(strict=True, reason="reported, not repaired yet: when this passes, take the mark away")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -345,11 +344,17 @@ def test_a_picture_shows_its_scene_and_nothing_else():
         assert draw_scene(scene, random.Random(i)).size == (64, 64)
 
 
-def test_the_same_scene_told_from_the_other_side_is_the_same_picture_and_positions_jitter():
-    for scene in some_scenes(20):
-        draw = lambda s, seed: draw_scene(s, random.Random(seed)).tobytes()
-        assert draw(scene, 5) == draw(told_from_the_other_side(scene), 5)
-        assert len({draw(scene, seed) for seed in range(30)}) > 25
+def test_the_same_scene_told_from_the_other_side_is_the_same_picture():
+    for i, scene in enumerate(some_scenes(50)):
+        assert draw_scene(scene, random.Random(i)).tobytes() == draw_scene(told_from_the_other_side(scene), random.Random(i)).tobytes()
+
+
+def test_both_objects_jitter_down_and_across():
+    for scene in some_scenes(10):
+        for _, color, _ in scene[0], scene[2]:
+            pictures = (np.asarray(draw_scene(scene, random.Random(i))) for i in range(40))
+            places = [np.argwhere((pixel == COLOR[color]).all(axis=2)).mean(axis=0) for pixel in pictures]
+            assert min(len(set(place)) for place in zip(*places)) >= 5
 
 
 @pytest.fixture(scope="module")
@@ -456,7 +461,7 @@ def odd_pictures():
             "grey16.png": (encoded(Image.fromarray(grey16), "PNG"), (64,) * 3, (192,) * 3)}
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=[BUG] if name == "grey16.png" else []) for name in odd_pictures()])
+@pytest.mark.parametrize("name", list(odd_pictures()))
 def test_every_kind_of_picture_becomes_upright_rgb_or_one_clear_line(tmp_path, name):
     content, left, right = odd_pictures()[name]
     write(tmp_path / "in", {name: content, "b.png": plain("white"), "captions.txt": f"{name}\tthis one\nb.png\tthe other\n"})
@@ -570,14 +575,12 @@ def test_several_caption_sets_and_the_choice_of_one(tmp_path):
     assert sorted(decoded(data, "train") + decoded(data, "val")) == ["n 0", "n 1", "n 2"]
 
 
-@BUG
 def test_ten_parts_are_read_in_the_order_of_their_numbers(tmp_path):
     parts = {f"image_caption/cc_states_{i}of12.npy": rows(i) for i in range(1, 13)}  # 10of12 comes before 1of12 in the alphabet
     data = prepare(tmp_path, "babylm", write(tmp_path / "in", parts | {"image_caption/cc_captions.json": [f"row {i}" for i in range(1, 13)]}))
     assert all(said == f"row {image[0, 0]:.0f}" for said, image in features_of(data, "train") + features_of(data, "val"))
 
 
-@BUG
 def test_a_set_whose_name_begins_with_the_name_of_another(tmp_path):
     files = {"image_caption/a_captions.json": ["a 1", "a 2"], "image_caption/a_states.npy": rows(1, 2),
              "image_caption/a_long_captions.json": ["b 3"], "image_caption/a_long_states.npy": rows(3)}
@@ -601,7 +604,7 @@ def test_without_a_dev_folder_images_and_documents_are_held_out(tmp_path):
     assert not set(photo["val"]) & set(photo["train"]) and sorted(photo["train"] + photo["val"]) == [i // 5 for i in range(1000)]
     assert all(image[0, 0] == int(s.split(",")[0].split()[1]) for split in photo for s, image in features_of(data, split))
     train, val = documents(data, "train"), documents(data, "val")
-    assert len(val) == 2 and len(train) == 120  # 1% of 122 lines, rounded up
+    assert len(val) == 1 and len(train) == 121  # every hundredth of 122 lines
     assert sorted(train + val) == sorted(TEXT.splitlines() + ["A word .", "Another word ."])
 
 
@@ -838,7 +841,6 @@ def test_winoground_captions_are_true_of_one_picture_and_false_of_the_other(worl
     assert len({x["collapsed_tag"] for x in items}) >= 2
 
 
-@BUG
 def test_winoground_captions_are_the_same_words_in_another_order(world):
     for x in evaluation(world)[0]["winoground_filtered"]["winoground"]:
         assert sorted(re.findall(r"\w+", x["caption_0"])) == sorted(re.findall(r"\w+", x["caption_1"])) and x["caption_0"] != x["caption_1"]
@@ -960,13 +962,8 @@ def wrong(name, tmp_path):
     return ["photos" if "0.png" in files else "babylm", folder, *(str(flag).replace("IN", folder) for flag in flags)], said
 
 
-OPEN = ["COCO with a number for a name", "an .npz named .npy", "too large for float32", "dev set of another width",
-        "dev set that numpy would stretch", "dev captions alone", "photo without a caption", "no captions file", "one photo cannot be split",
-        "negative seed"]
-
-
-@pytest.mark.filterwarnings("error")
-@pytest.mark.parametrize("name", [pytest.param(name, marks=[BUG] if name in OPEN else []) for name in WRONG])
+@pytest.mark.filterwarnings("error::RuntimeWarning")  # numpy's, which would be a second line
+@pytest.mark.parametrize("name", list(WRONG))
 def test_wrong_input_is_refused_in_one_line_and_leaves_no_folder(tmp_path, name):
     argv, said = wrong(name, tmp_path)
     with pytest.raises(InputError) as error:
@@ -990,7 +987,6 @@ def test_an_existing_folder_is_kept_without_overwrite(tmp_path):
     assert same_bytes(old, tmp_path / "copy") and sorted(os.listdir(tmp_path)) == ["copy", "in", "out"]
 
 
-@BUG
 def test_overwrite_does_not_remove_a_folder_that_is_no_data_folder(tmp_path):
     argv = command_of("photos", tmp_path)
     with pytest.raises(InputError, match="in: "):  # a slip of the hand: --out names the photos themselves

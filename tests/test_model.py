@@ -260,6 +260,18 @@ def test_fresh_film_is_the_identity(place):
         assert torch.allclose(modulated(idx, image=image)[0], plain(idx, image=image)[0], atol=1e-5) == equal
 
 
+def test_dropout_is_on_every_branch_in_training_and_nowhere_in_eval():
+    """Drop (nearly) all: attention is its last bias, a layer adds nothing but the bias of the norm that follows the dropout."""
+    model = make(dropout=1 - 1e-9).train()
+    idx, _, image = captions(model)
+    x = torch.randn(2, 5, 16)
+    attention, layer = model.blocks[0].attn, model.image_encoder.layers[0]
+    same(attention(x), attention.proj.bias.expand_as(x))
+    same(layer(x), x)
+    same(model.trunk(idx, image)[0], model.ln(model.blocks[0].ln4.bias + model.blocks[1].ln4.bias).expand(3, T, -1))
+    same(model.eval()(idx, image=image)[0], make(dropout=0.0)(idx, image=image)[0], 0)
+
+
 def test_initial_scale():
     """Linear layers at 1 / sqrt(3 * inputs), which is GPT-2's 0.02 at width 768; what a layer adds to the residual stream is
     divided by sqrt(2 * n_layer) = 2; cross-attention is no addition but weighed against normalised text, 1 / sqrt(D)."""
@@ -274,6 +286,9 @@ def test_initial_scale():
             assert abs(module.weight.std().item() / expected - 1) < 0.1, n
         if isinstance(module, nn.Linear) and module.bias is not None:
             assert (module.bias == 0).all(), n
+    for embedding in (model.token_embedding.weight, model.position_embedding.weight):
+        assert abs(embedding.std().item() / (3 * 64) ** -0.5 - 1) < 0.1  # tied or not, as a Linear of the same width
+    assert abs(model.image_encoder.position.std().item() / 0.5 - 1) < 0.1
 
 
 # ----------------------------------------------------------------------------------------------------------------------
