@@ -382,12 +382,21 @@ class GateVLM(nn.Module):
     def n_parameter(self):
         return sum(p.numel() for p in self.parameters())  # a tied matrix counts once
 
-    def optimizer(self, lr, weight_decay, betas=(0.9, 0.95)):
-        """AdamW; matrices decay, biases and norms and the contrastive temperature do not."""
-        params = list(self.parameters())
-        groups = [{"params": [p for p in params if p.dim() >= 2], "weight_decay": weight_decay},
-                  {"params": [p for p in params if p.dim() < 2], "weight_decay": 0.0}]
-        return torch.optim.AdamW(groups, lr=lr, betas=betas, fused=params[0].device.type in ("cuda", "cpu"))
+    def optimizers(self, lr, weight_decay, betas=(0.9, 0.999), muon=False):
+        """[AdamW], or [AdamW, Muon]: Muon takes the hidden matrices, AdamW the rest. Matrices decay; biases, norms and the
+        contrastive temperature do not."""
+        hidden = set()
+        if muon:  # gates stay with AdamW: one row per gate, not a map from vectors to vectors
+            parts = [m for part in (self.blocks, self.image_encoder) if part is not None for m in part.named_modules()]
+            hidden = {module.weight for name, module in parts if isinstance(module, nn.Linear) and not name.endswith("gate")}
+        rest = [p for p in self.parameters() if p not in hidden]
+        groups = [{"params": [p for p in rest if p.dim() >= 2], "weight_decay": weight_decay},
+                  {"params": [p for p in rest if p.dim() < 2], "weight_decay": 0.0}]
+        optimizers = [torch.optim.AdamW(groups, lr=lr, betas=betas, fused=rest[0].device.type in ("cuda", "cpu"))]
+        if muon:  # scaled so that one learning rate suits both
+            matrices = [p for p in self.parameters() if p in hidden]
+            optimizers.append(torch.optim.Muon(matrices, lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"))
+        return optimizers
 
     @torch.no_grad()
     def generate(self, idx, max_new_tokens, image=None, temperature=1.0, top_k=None, eot=None, use_cache=True):

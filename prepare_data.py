@@ -759,7 +759,8 @@ def prepare_photos(args):
 
 
 def make_parser():
-    p = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    p = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], usage="python prepare_data.py [toy | babylm DIR | photos DIR] [--flag value] ...",
+                                allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     p.add_argument("source", nargs="?", default="toy", choices=("toy", "babylm", "photos"), help="what to prepare")
     p.add_argument("folder", nargs="?", default="", help="babylm: the folder with text_only/ and image_caption/; photos: the folder of pictures")
     p.add_argument("--out", default="", help="data folder to write; empty = data/<source>, and data/toy16 for a toy world in 16 patches")
@@ -780,6 +781,9 @@ def make_parser():
     t.add_argument("--lines_per_document", type=int, default=8, help="babylm: lines joined into one document (a blank line ends one too)")
     t.add_argument("--captions_file", default="", help="photos: picture<TAB>caption lines, Flickr8k lines or COCO JSON; empty = captions.txt in the folder")
     t.add_argument("--encoder", default="pixels", choices=("pixels", "dinov2_vits14", "dinov2_vitb14"), help="photos: what turns a picture into features")
+    def error(message):
+        raise InputError(message)
+    p.error = error
     return p
 
 

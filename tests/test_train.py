@@ -30,7 +30,7 @@ from train import TrainConfig, epoch_plan, learning_rate, load_batch
 
 TRAIN_PY = os.path.abspath(train.__file__)
 TINY = ("--device cpu --n_layer 2 --n_head 2 --n_embd 16 --n_image_layer 1 --block_size 16 --gate soft-feature --batch_tokens 1024 "
-        "--length_multiple 1 --lr 0.01 --warmup_steps 4 --log_interval 1")
+        "--length_multiple 1 --optimizer adamw --lr 0.01 --warmup_steps 4 --log_interval 1")
 FUNCTION_TAGS = {"ADP", "AUX", "CCONJ", "DET", "PART", "PRON", "SCONJ"}  # the closed classes of Universal Dependencies
 CONTENT_TAGS = {"ADJ", "ADV", "NOUN", "NUM", "PROPN", "VERB"}
 
@@ -56,7 +56,7 @@ def state(out, name="last.pt"):
     """Everything in a checkpoint that training depends on; the seconds it took are not part of that."""
     checkpoint = load_checkpoint(os.path.join(out, name))
     checkpoint["now"].pop("seconds")
-    return {key: checkpoint[key] for key in ("model", "optimizer", "now")}
+    return {key: checkpoint[key] for key in ("model", "optimizers", "now")}
 
 
 def log(out):
@@ -579,6 +579,7 @@ def test_text_only_curriculum_leaves_image_modules_as_they_were(toy, tmp_path):
 
 VARIANTS = {
     "soft-feature, dropout": "--dropout 0.2",
+    "muon": "--optimizer muon",
     "hard-token: noise and temperature": "--gate hard-token",
     "clip": "--contrastive clip --dropout 0.1",
     "lcg": "--contrastive lcg --dropout 0.1",
@@ -602,7 +603,7 @@ def test_ten_steps_are_five_and_five(variant, toy, toy16, tmp_path):
     parts = resume(tmp_path / "parts")
     for name in "last.pt", "best.pt":
         a, b = state(tmp_path / "whole", name), state(tmp_path / "parts", name)
-        assert a["now"] == b["now"] and same(a["model"], b["model"]) and same(a["optimizer"], b["optimizer"])
+        assert a["now"] == b["now"] and same(a["model"], b["model"]) and same(a["optimizers"], b["optimizers"])
     assert log(tmp_path / "whole") == log(tmp_path / "parts")
     timing = "tokens_per_second", "minutes"
     assert {k: v for k, v in whole.items() if k not in timing} == {k: v for k, v in parts.items() if k not in timing}
@@ -671,7 +672,7 @@ def test_evaluating_logging_and_saving_never_change_training(gate, toy, tmp_path
         out = tmp_path / f"{evaluate} {write} {save}"
         run(out, toy, f"{flags} --eval_interval {evaluate} --log_interval {write} --save_interval {save}")
         often = state(out)
-        assert same(rare["model"], often["model"]) and same(rare["optimizer"], often["optimizer"])
+        assert same(rare["model"], often["model"]) and same(rare["optimizers"], often["optimizers"])
 
 
 def assert_same_training(a, b):
@@ -683,10 +684,10 @@ def assert_same_training(a, b):
     a, b = state(a), state(b)
     names = [name for name in a["model"] if name not in ("gate_temperature", "image_encoder.mean", "image_encoder.std", "head.weight")]
     names.sort(key=lambda name: a["model"][name].dim() < 2)  # the optimizer's order: matrices, then vectors
-    assert a["optimizer"]["state"].keys() == b["optimizer"]["state"].keys() == set(range(len(names)))
+    assert a["optimizers"][0]["state"].keys() == b["optimizers"][0]["state"].keys() == set(range(len(names)))
     compared = 0
     for i, name in enumerate(names):
-        x, y = a["optimizer"]["state"][i], b["optimizer"]["state"][i]
+        x, y = a["optimizers"][0]["state"][i], b["optimizers"][0]["state"][i]
         torch.testing.assert_close(x["exp_avg"], y["exp_avg"], rtol=1e-3, atol=2e-6)
         real = x["exp_avg_sq"].sqrt() > 1e-5
         torch.testing.assert_close(a["model"][name][real], b["model"][name][real], rtol=0, atol=2e-4)
@@ -766,6 +767,7 @@ FIELDS = {  # field: (flags, other flags, what must differ, what must not)
     "batch_tokens": ("", "--batch_tokens 512", {"shapes", "weights"}, {"steps"}),
     "grad_accum": ("", "--grad_accum 2", {"shapes"}, {"kinds", "lr", "steps"}),
     "length_multiple": ("", "--length_multiple 16", {"shapes"}, {"kinds", "lr", "first loss"}),
+    "optimizer": ("", "--optimizer muon", {"weights"}, {"order", "lr", "first loss"}),
     "lr": ("", "--lr 0.02", {"lr", "weights"}, {"order", "first loss"}),
     "warmup_steps": ("", "--warmup_steps 2", {"lr", "weights"}, {"order", "first loss"}),
     "weight_decay": ("", "--weight_decay 0.5", {"weights"}, {"order", "lr", "first loss"}),
@@ -823,7 +825,7 @@ def test_gradient_clipping_by_hand(toy, tmp_path):
         run(tmp_path / str(clip), toy, f"--max_steps 1 --curriculum C --grad_clip {clip} --grad_accum 2")
         norm = steps(tmp_path / str(clip))[0]["grad_norm"]  # logged as it was before clipping
         assert norm > 0.5
-        average = torch.cat([s["exp_avg"].flatten() for s in state(tmp_path / str(clip))["optimizer"]["state"].values()])
+        average = torch.cat([s["exp_avg"].flatten() for s in state(tmp_path / str(clip))["optimizers"][0]["state"].values()])
         assert average.norm().item() == pytest.approx(0.1 * (clip or norm), rel=1e-4)
 
 
