@@ -58,20 +58,24 @@ def caption_losses(model, data, ids, view="image", batch_tokens=8192):
 
 @torch.no_grad()
 def text_loss(model, data, max_tokens=None):
-    """Mean loss in nats per token over the validation text, read in blocks; None without text."""
-    stream, T, device = data.text["val"][:max_tokens], model.config.block_size, next(model.parameters()).device
-    if len(stream) < 2:
+    """Mean loss in nats per token over the validation text, read in blocks, of which about max_tokens are evenly spread over it;
+    None without text."""
+    stream, T, device = data.text["val"], model.config.block_size, next(model.parameters()).device
+    n = len(stream) - 1
+    if n < 1:
         return None
-    was_training, total = model.training, 0.0
+    starts = np.arange(0, n, T)[::1 if max_tokens is None else -(-n // max_tokens)]
+    whole = starts[starts + T <= n]
+    was_training, total, count = model.training, 0.0, 0
     model.eval()
-    whole = (len(stream) - 1) // T
-    starts = [np.arange(i, min(i + 64, whole)) * T for i in range(0, whole, 64)]
-    for start in starts + ([np.array([whole * T])] if (len(stream) - 1) % T else []):
-        block = stream[start[:, None] + np.arange(min(T, len(stream) - 1 - start[0]) + 1)].astype(np.int64)
-        block = torch.from_numpy(block).to(device)
-        total += model.token_losses(block[:, :-1], block[:, 1:])[0].cpu().double().sum().item()
+    for rows in [whole[i:i + 64] for i in range(0, len(whole), 64)] + [starts[starts + T > n]]:  # the last block may be short
+        if len(rows):
+            block = stream[rows[:, None] + np.arange(min(T, n - rows[0]) + 1)].astype(np.int64)
+            block = torch.from_numpy(block).to(device)
+            total += model.token_losses(block[:, :-1], block[:, 1:])[0].cpu().double().sum().item()
+            count += block[:, 1:].numel()
     model.train(was_training)
-    return total / (len(stream) - 1)
+    return total / count
 
 
 def spread_ids(data, max_tokens, block_size):
@@ -192,7 +196,7 @@ def draw_curves(path, series, title, xlabel, floors=()):
     if not points:
         return
     xs, ys = [p[0] for p in points], [p[1] for p in points] + [y for _, y in floors]
-    x0, x1, y0, y1 = min(xs), max(max(xs), min(xs) + 1), min(ys), np.quantile(ys, 0.98)  # the first steps may leave the picture
+    x0, x1, y0, y1 = min(xs), max(max(xs), min(xs) + 1), min(ys), np.quantile(ys, 0.95)  # the first steps may leave the picture
     y0, y1 = y0 - 0.05 * (y1 - y0), y1 + 0.05 * (y1 - y0) + 1e-9
     box = (70, 50, 760, 430)
     px = lambda x, y: (box[0] + (x - x0) / (x1 - x0) * (box[2] - box[0]), box[3] - (min(y, y1) - y0) / (y1 - y0) * (box[3] - box[1]))
@@ -236,6 +240,8 @@ def gate_picture(path, model, data, caption=None):
         return None
     if caption is None:
         caption = int(np.argmax(data.lengths("val", model.config.block_size)[:100]))
+    if not 0 <= caption < n:
+        raise InputError(f"--caption {caption}: the validation set has captions 0 to {n - 1}")
     _, (gate,) = caption_losses(model, data, np.array([caption]))
     start = data.offset["val"][caption]
     words = words_of(data.tokens["val"][start:start + gate.shape[1]], data.encoding)
@@ -244,11 +250,16 @@ def gate_picture(path, model, data, caption=None):
     return path
 
 
-def main(argv=None):
+def make_parser():
     parser = argparse.ArgumentParser(description="Report what a trained run knows, and draw its gates.")
     parser.add_argument("run", help="run folder made by train.py")
     parser.add_argument("--caption", type=int, default=None, help="validation caption to draw, by row (default: a long one)")
-    args = parser.parse_args(argv)
+    return parser
+
+
+def main(argv=None):
+    """Print the report of a run as JSON and draw gates.png into its folder."""
+    args = make_parser().parse_args(argv)
     data = Data(read_json(os.path.join(args.run, "config.json"))["train"]["data"])
     model = load_model(args.run)
     print(json.dumps(report(model, data), indent=1))

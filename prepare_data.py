@@ -591,8 +591,10 @@ def write_folder(out, text, captions, tokenizer, meta, max_caption, overwrite, e
 
 
 def write_json(path, value):
-    with open(path, "w", encoding="utf-8") as f:
+    """Write under a temporary name, then rename: a crash leaves the old file or the new one."""
+    with open(f"{path}.part", "w", encoding="utf-8") as f:
         json.dump(value, f, indent=1, ensure_ascii=False)
+    os.replace(f"{path}.part", path)
 
 
 def load_meta(folder):

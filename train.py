@@ -73,15 +73,15 @@ class TrainConfig:
         return ORDERS[self.curriculum](self.epochs) if self.curriculum in ORDERS else self.curriculum
 
 
-# The toy presets gate per token: one number for each word is what a reader can check against a picture.
-TOY = dict(n_layer=4, n_head=4, n_embd=128, n_image_layer=3, block_size=64, dropout=0.0, gate="soft-token", curriculum="mixed", mix=8, epochs=2, batch_tokens=1024,
-           length_multiple=1, optimizer="muon", lr=3e-3, warmup_steps=100, weight_decay=0.05, beta2=0.99, eval_interval=250, save_interval=250)
+# The quick presets gate per token: one number for each word is what a reader can check against a picture.
+QUICK = dict(n_layer=4, n_head=4, block_size=64, gate="soft-token", curriculum="mixed", batch_tokens=1024, length_multiple=1, optimizer="muon",
+             warmup_steps=100, weight_decay=0.05, beta2=0.99, eval_interval=250, save_interval=250)
+TOY = QUICK | dict(n_embd=128, n_image_layer=3, dropout=0.0, mix=8, epochs=2, lr=3e-3)
 REAL = dict(data="data/babylm")
 PRESETS = {
     "toy": TOY,
     "patches": TOY | dict(n_image_token=16, epochs=3),
-    "laptop": REAL | dict(n_layer=4, n_head=4, n_embd=192, n_image_layer=2, block_size=64, gate="soft-token", epochs=4, batch_tokens=1024, length_multiple=1,
-                          optimizer="muon", lr=2e-3, warmup_steps=100, weight_decay=0.05, beta2=0.99, eval_interval=250, save_interval=250, eval_tokens=20000),
+    "laptop": REAL | QUICK | dict(n_embd=192, n_image_layer=2, mix=2, epochs=4, lr=2e-3, eval_tokens=20000),
     "small": REAL | dict(n_layer=6, n_head=6, n_embd=384, n_image_layer=3, epochs=4, batch_tokens=16384, lr=6e-4, warmup_steps=200,
                          weight_decay=0.1, beta2=0.95, eval_interval=250, save_interval=250),
     "paper": REAL,
@@ -223,12 +223,6 @@ def image_statistics(data):
     x = torch.from_numpy(data.image[rows[::-(-len(rows) // 2000)]].astype(np.float32)).flatten(0, 1)  # (n * K, image_dim)
     std = x.std(dim=0, correction=0)
     return x.mean(dim=0), std + 1e-3 * std.mean() + 1e-12  # a feature that never varies is not blown up
-
-
-def write_json(path, value):
-    with open(f"{path}.part", "w", encoding="utf-8") as f:
-        json.dump(value, f, indent=1)
-    os.replace(f"{path}.part", path)
 
 
 def read_log(path):
@@ -403,7 +397,7 @@ def finish(config, data):
     summary = evaluation.report(model, data)
     summary |= {"tokens_seen": now["tokens_seen"], "tokens_per_second": round(now["tokens_seen"] / now["seconds"]), "minutes": now["seconds"] / 60,
                 "n_parameter": model.n_parameter(), "step": now["step"], "best_step": load_checkpoint(path("best.pt"))["now"]["step"]}
-    write_json(path("summary.json"), summary)
+    prepare_data.write_json(path("summary.json"), summary)
     lines = read_log(path("log.jsonl"))
     series = {name: [(line["step"], line[key]) for line in lines if line.get(key) is not None and line.get("kind", kind) == kind]
               for name, key, kind in (("captions, training", "loss", "C"), ("captions, validation", "val_loss_caption", None),
@@ -445,7 +439,7 @@ def main(argv=None):
     config, model_config = make_configs(values, data)
     if main_process and not state:
         os.makedirs(out, exist_ok=True)
-        write_json(os.path.join(out, "config.json"), {"preset": preset, "train": asdict(config), "model": asdict(model_config)})
+        prepare_data.write_json(os.path.join(out, "config.json"), {"preset": preset, "train": asdict(config), "model": asdict(model_config)})
         for name in "tokenizer.tiktoken", "meta.json":
             shutil.copy(os.path.join(data.folder, name), out)
     if world > 1:

@@ -304,7 +304,7 @@ def test_gates_are_shares_of_language(variant):
     if variant.get("gate") == "none":
         assert (gates == 1).all()
     elif "hard" not in variant.get("gate", ""):
-        assert gates[-1].std() > 1e-3  # and they differ from word to word
+        assert len(gates.unique()) > 1  # and they differ from word to word
 
 
 @pytest.mark.parametrize("gate", GATES[:4])
