@@ -110,7 +110,7 @@ def words_of(ids, encoding):
         elif piece:
             words[-1][0] += piece
         letters = bool(piece) and plain
-    return [(word.decode(errors="replace").strip(), position) for word, position in words]
+    return [(word.decode(errors="replace").strip(), position) for word, position in words if word.strip()]
 
 
 def word_class(word, upos=None):

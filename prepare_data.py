@@ -756,7 +756,8 @@ def prepare_photos(args):
     captions_of = {"train": (*sample_captions(*train, args.captions, args.seed), fetch),
                    "val": ([c for (_, c), h in zip(pairs, held) if h], rows[held], fetch)}
     meta = {"source": "photos", "encoder": args.encoder, "n_image_token": args.n_image_token, "image_dim": fetch([0]).shape[-1],
-            "made_from": {"folder": args.folder, "captions_file": captions_file, "captions": args.captions, "seed": args.seed}}
+            "made_from": {"folder": args.folder, "captions_file": captions_file, "captions": args.captions, "seed": args.seed},
+            "pictures": [os.path.abspath(paths[i]) for _, rows, _ in captions_of.values() for i in np.unique(rows)]}  # as in image.npy
     return {"train": list, "val": list}, captions_of, captions_of["train"][0], meta, None
 
 

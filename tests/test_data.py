@@ -526,6 +526,10 @@ def test_dinov2_gives_the_cls_token_or_a_pooled_grid_of_patches(tmp_path, monkey
         i = int(re.match(r"photo (\d+)", said)[1])
         rgb = np.array([20 * i, 255 - 20 * i, 7]) / 255
         assert np.allclose(image, (rgb - [0.485, 0.456, 0.406]) / [0.229, 0.224, 0.225], atol=5e-3)  # mean and std of ImageNet
+    assert len(data.meta["pictures"]) == 12
+    for row, path in enumerate(data.meta["pictures"]):  # the files behind image.npy, so that pictures can be drawn beside captions
+        rgb = np.asarray(Image.open(path).convert("RGB"))[0, 0] / 255
+        assert np.allclose(data.image[row, 0], (rgb - [0.485, 0.456, 0.406]) / [0.229, 0.224, 0.225], atol=5e-3)
     data = prepare(tmp_path, "photos", folder, "--encoder", "dinov2_vitb14", "--n_image_token", 16, out="grid")
     # 16x16 patches pooled to 4x4, row by row: token (I, J) is the mean of rows 4I..4I+3 and columns 4J..4J+3
     grid = [(16 * (4 * I + 1.5), 4 * J + 1.5) for I in range(4) for J in range(4)]

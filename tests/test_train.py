@@ -950,6 +950,7 @@ def pieces():
     (["the", " pur", "ple", " cross", ".", "<eot>"], [("the", 0), ("purple", 1), ("cross", 3), (".", 4)]),  # a word is read where it starts
     (["the", " cross", "?", " caf", "é", "<eot>"], [("the", 0), ("cross", 1), ("?", 2), ("café", 3)]),
     (["A", ":", " ", "h", "i", "\n", "B", ":"], [("A", 0), (":", 1), ("hi", 2), ("B", 5), (":", 7)]),  # the space belongs to the word
+    (["the", " ", "?", "<eot>"], [("the", 0), ("?", 2)]),  # a space alone is no word
     (["<eot>"], []), ([], [])])
 def test_words_of(pieces, spelled, words):
     encoding, ids = pieces
