@@ -685,11 +685,14 @@ def prepare_toy(args):
     return text, captions_of, texts, meta, evaluation
 
 
-def hold_out(rows, seed, share=0.01):
-    """Which captions (n,) bool go to validation: all captions of a random share of the images."""
+def hold_out(captions, rows, share, seed):
+    """Split captions and their image rows into (training captions, rows) and (validation captions, rows): all captions of a
+    random share of the images are held out."""
     images = np.unique(rows)
     n = max(1, round(share * len(images)))
-    return np.isin(rows, np.random.default_rng(seed).choice(images, n, replace=False))
+    held = np.isin(rows, np.random.default_rng(seed).choice(images, n, replace=False))
+    train, val = (([captions[i] for i in np.flatnonzero(part)], rows[part]) for part in (~held, held))
+    return train, val
 
 
 def sample_captions(captions, rows, n, seed):
@@ -712,12 +715,12 @@ def prepare_babylm(args):
     if found_dev:
         val = read_caption_sets(found_dev)
     elif said:
-        held = hold_out(rows, args.seed)
-        val = [s for s, h in zip(said, held) if h], rows[held], fetch
-        said, rows = [s for s, h in zip(said, held) if not h], rows[~held]
+        (said, rows), val = hold_out(said, rows, 0.01, args.seed)
+        val = *val, fetch
     else:
         val = said, rows, fetch
     captions_of = {"train": (*sample_captions(said, rows, args.captions, args.seed), fetch), "val": val}
+
     def text_of(files, words):
         """A function that yields the documents of files, or of a random sample of about this many words."""
         keep = words and words / max(1, sum(len(d.split()) for d in documents(files, args.lines_per_document)))
@@ -749,12 +752,10 @@ def prepare_photos(args):
     fetch = lambda rows: encode([open_picture(paths[i]) for i in rows])
     index = {name: i for i, name in enumerate(names)}
     rows = np.array([index[name] for name, _ in pairs])
-    held = hold_out(rows, args.seed, share=0.1)
-    if held.all():
+    train, val = hold_out([caption for _, caption in pairs], rows, 0.1, args.seed)
+    if not train[0]:
         raise InputError(f"{captions_file}: captions of one picture only; expected at least two, as one is held out for validation")
-    train = [c for (_, c), h in zip(pairs, held) if not h], rows[~held]
-    captions_of = {"train": (*sample_captions(*train, args.captions, args.seed), fetch),
-                   "val": ([c for (_, c), h in zip(pairs, held) if h], rows[held], fetch)}
+    captions_of = {"train": (*sample_captions(*train, args.captions, args.seed), fetch), "val": (*val, fetch)}
     meta = {"source": "photos", "encoder": args.encoder, "n_image_token": args.n_image_token, "image_dim": fetch([0]).shape[-1],
             "made_from": {"folder": args.folder, "captions_file": captions_file, "captions": args.captions, "seed": args.seed},
             "pictures": [os.path.abspath(paths[i]) for _, rows, _ in captions_of.values() for i in np.unique(rows)]}  # as in image.npy

@@ -246,7 +246,7 @@ def train(config, model_config, data, state=None):
         raise InputError(f"torch {torch.__version__} has no Muon; use --optimizer adamw with a lower --lr, or torch 2.9 and later")
     optimizers = raw.optimizers(config.lr, config.weight_decay, (0.9, config.beta2), config.optimizer == "muon")
     kinds = config.epoch_kinds()
-    now = {"step": 0, "epoch": 0, "cursor": 0, "caption_step": 0, "tokens_seen": 0, "seconds": 0.0, "best": math.inf}
+    now = {"step": 0, "epoch": 0, "cursor": 0, "caption_step": 0, "tokens_seen": 0, "seconds": 0.0, "best": math.inf, "best_step": 0}
     if state:
         raw.load_state_dict(state["model"])
         for optimizer, saved in zip(optimizers, state["optimizers"]):
@@ -294,7 +294,7 @@ def train(config, model_config, data, state=None):
             tqdm.write(f"step {now['step']:,} of {n_step:,}, {now['seconds'] / 60:.1f} min, validation loss: {told}", file=sys.stdout)
             loss = losses["val_loss_caption" if set(kinds) & set("CM") else "val_loss_text"]
             if loss is None or loss < now["best"]:
-                now["best"] = loss or now["best"]
+                now["best"], now["best_step"] = loss or now["best"], now["step"]
                 save("best.pt")
 
     def check_finite():
@@ -396,7 +396,7 @@ def finish(config, data):
     model, now = evaluation.load_model(config.out), load_checkpoint(path("last.pt"))["now"]
     summary = evaluation.report(model, data)
     summary |= {"tokens_seen": now["tokens_seen"], "tokens_per_second": round(now["tokens_seen"] / now["seconds"]), "minutes": now["seconds"] / 60,
-                "n_parameter": model.n_parameter(), "step": now["step"], "best_step": load_checkpoint(path("best.pt"))["now"]["step"]}
+                "n_parameter": model.n_parameter(), "step": now["step"], "best_step": now["best_step"]}
     prepare_data.write_json(path("summary.json"), summary)
     lines = read_log(path("log.jsonl"))
     series = {name: [(line["step"], line[key]) for line in lines if line.get(key) is not None and line.get("kind", kind) == kind]
