@@ -102,7 +102,7 @@ class Attention(nn.Module):
     def heads(self, x):
         return x.unflatten(-1, (self.n_head, -1)).transpose(1, 2)  # (B, T, D) -> (B, nh, T, hs)
 
-    def forward(self, x, memory=None, causal=False, cache=None):
+    def forward(self, x, memory=None, causal=False, cache=None, mask=None):
         q = self.heads(self.query(x))  # (B, nh, T, hs)
         if memory is not None and cache:
             k, v = cache["key"], cache["value"]  # the image does not change while a caption is written
@@ -114,8 +114,8 @@ class Attention(nn.Module):
                     v = torch.cat([cache["value"], v], dim=2)
                 cache["key"], cache["value"] = k, v
         # one new token may see every cached one, so it needs no mask
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=causal and q.size(2) > 1,
-                                           dropout_p=self.dropout if self.training else 0.0)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=None if mask is None else mask[:, None],
+                                           is_causal=causal and mask is None and q.size(2) > 1, dropout_p=self.dropout if self.training else 0.0)
         return self.proj(y.transpose(1, 2).flatten(2))  # (B, nh, T, hs) -> (B, T, D)
 
 
@@ -200,15 +200,15 @@ class Block(nn.Module):
             if config.modulation != "none":
                 self.condition = nn.Linear(D, 2 * D if config.modulation == "film" else D)
 
-    def forward(self, h, image=None, temperature=None, cache=None):
+    def forward(self, h, image=None, temperature=None, cache=None, mask=None):
         """h (B,T,D), image tokens (B,K,D) or None -> h (B,T,D), gate (B,T): 1 all language, 0 all vision."""
-        h = h + self.drop(self.attn(self.ln1(h), causal=True, cache=None if cache is None else cache["self"]))
+        h = h + self.drop(self.attn(self.ln1(h), causal=True, cache=None if cache is None else cache["self"], mask=mask))
         gate = h.new_ones(h.shape[:2])  # a layer that does not look is all language
         if image is not None and self.sees_image:
             t = self.ln2(h)
             if self.modulated == "text":
                 t = self.modulate(t, image.mean(dim=1, keepdim=True))
-            v = self.look(t, image, cache)
+            v = self.look(t, image, cache, mask)
             if self.config.gate == "none":
                 h = h + self.drop(v)
             else:
@@ -218,7 +218,7 @@ class Block(nn.Module):
         h = h + self.drop(self.mlp(self.ln3(h)))
         return h, gate
 
-    def look(self, t, image, cache):
+    def look(self, t, image, cache, mask):
         """Cross-attention of text t (B,T,D) to image tokens (B,K,D). With K=1 the softmax is 1 and the query has no say."""
         if self.modulated != "image":
             v = self.cross(t, memory=image, cache=None if cache is None else cache["image"])
@@ -226,11 +226,14 @@ class Block(nn.Module):
         # Here the text modulates the image. Averaging the whole caption would show a word its own future, so position i
         # averages positions 0..i only, and the image memory is a different one at every position.
         B, T, D = t.shape
-        total, n = t.cumsum(dim=1), torch.arange(1, T + 1, device=t.device)
+        if mask is None:
+            total, n = t.cumsum(dim=1), torch.arange(1, T + 1, device=t.device)
+        else:
+            total, n = mask.to(t.dtype) @ t, mask.sum(dim=-1)
         if cache is not None:
             total, n = total + cache.get("text_sum", 0), n + cache.get("n_text", 0)
             cache["text_sum"], cache["n_text"] = total[:, -1:], n[-1:]
-        text = total / n[:, None]  # (B, T, D)
+        text = total / n[..., None]  # (B, T, D)
         memory = self.modulate(image[:, None], text[:, :, None])  # (B, T, K, D)
         return self.cross(t.reshape(B * T, 1, D), memory=memory.flatten(0, 1)).view(B, T, D)
 
@@ -312,15 +315,17 @@ class GateVLM(nn.Module):
             if self.config.modulation == "film":
                 nn.init.zeros_(module.condition.weight)  # FiLM starts as the identity
 
-    def trunk(self, idx, image=None, cache=None):
-        """Everything below the head: h (B,T,D), gates (n_layer,B,T), pooled image (B,D) or None, block 0's output (B,T,D)."""
+    def trunk(self, idx, image=None, cache=None, position=None, mask=None):
+        """Everything below the head: h (B,T,D), gates (n_layer,B,T), pooled image (B,D) or None, block 0's output (B,T,D).
+        Tokens follow each other unless position (B,T) and mask (B,T,T), True where a row may look, arrange them otherwise."""
         start = 0 if cache is None or not cache[0]["self"] else cache[0]["self"]["key"].size(2)
         B, T = idx.shape
-        if start + T > self.config.block_size:
+        if position is None and start + T > self.config.block_size:
             raise InputError(f"a text of {start + T} tokens does not fit block_size {self.config.block_size}")
         if start and T > 1:
             raise InputError(f"a cache that holds {start} tokens takes one more at a time, not {T}")
-        position = torch.arange(start, start + T, device=idx.device)
+        if position is None:
+            position = torch.arange(start, start + T, device=idx.device)
         h = self.drop(self.token_embedding(idx) + self.position_embedding(position))  # (B, T, D)
         if image is not None and not self.config.n_image_token:
             raise InputError("this model was trained without images (n_image_token is 0): call it with image=None")
@@ -333,7 +338,7 @@ class GateVLM(nn.Module):
                 cache[0]["encoded"] = image
         gates = []
         for i, block in enumerate(self.blocks):
-            h, gate = block(h, image, self.gate_temperature, None if cache is None else cache[i])
+            h, gate = block(h, image, self.gate_temperature, None if cache is None else cache[i], mask)
             gates.append(gate)
             first = h if i == 0 else first
         return self.ln(h), torch.stack(gates), None if image is None else image.mean(dim=1), first

@@ -157,7 +157,7 @@ def toy_items(rng, n):
         question = f"what color {verb} {noun}?"
         pair("supplement_filtered", "qa_agreement", f"{question} {pronoun} {verb} {color}.",
              f"{question} {other_pronoun} {other_verb} {color}.")
-        pair("supplement_filtered", "qa_congruence", f"{question} {pronoun} {verb} {color}.", f"{question} {pronoun} {verb} {an(shape)}.")
+        pair("supplement_filtered", "qa_congruence", f"{question} {pronoun} {verb} {color}.", f"{question} {pronoun} {verb} {rng.choice(list(SIZE))}.")
         question = f"A: {verb} {noun} {color}?\nB: "
         pair("supplement_filtered", "turn_taking", f"{question}no, {pronoun} {verb} {color2}.", f"{question}yes, {pronoun} {verb} {color2}.")
 
@@ -415,14 +415,20 @@ def check_captions(path, captions):
     return captions
 
 
-def open_states(path):
-    """A memory-mapped .npy of image features as (n, K, image_dim)."""
+def load_npy(path):
+    """A .npy array, mapped from disk; InputError for anything else."""
     try:
-        states = np.load(path, mmap_mode="r", allow_pickle=False)
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
         raise InputError(f"{path}: not a whole .npy file ({error})") from error
-    if not isinstance(states, np.ndarray):
+    if not isinstance(array, np.ndarray):
         raise InputError(f"{path}: an archive of arrays; expected one .npy array")
+    return array
+
+
+def open_states(path):
+    """A memory-mapped .npy of image features as (n, K, image_dim)."""
+    states = load_npy(path)
     if states.ndim not in (2, 3) or states.dtype.kind != "f" or 0 in states.shape:
         raise InputError(f"{path}: expected floats of shape (n, 768) or (n, tokens, 768), found {states.dtype} {states.shape}")
     return states if states.ndim == 3 else states[:, None]

@@ -56,6 +56,7 @@ class TrainConfig:
     eval_tokens: int = option(50000, "validation tokens of each kind per evaluation; the summary uses all")
     log_interval: int = option(10, "steps between lines of log.jsonl")
     save_interval: int = option(1000, "steps between writes of last.pt")
+    keep_checkpoints: bool = option(False, "also keep the weights of every evaluation and every epoch's end, for eval.py --checkpoints")
     stop_after: int = option(0, "save and stop after this step, to go on later with --resume; 0 = do not")
     device: str = option("auto", "cpu, cuda, mps, or auto for the best there is")
     autocast: bool = option(True, "bfloat16 on cuda cards that have it")
@@ -87,7 +88,7 @@ PRESETS = {
     "paper": REAL,
 }
 FROM_DATA = ("vocab_size", "image_dim")  # fields that only the data can know
-FREE = ("stop_after", "device", "compile", "log_interval", "eval_interval", "save_interval")  # may change when a run is resumed
+FREE = ("stop_after", "device", "compile", "log_interval", "eval_interval", "save_interval", "keep_checkpoints")  # may change when a run is resumed
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -271,6 +272,8 @@ def train(config, model_config, data, state=None):
         with open(path("log.jsonl.part"), "w", encoding="utf-8") as f:
             f.writelines(json.dumps(line) + "\n" for line in lines)
         os.replace(path("log.jsonl.part"), path("log.jsonl"))
+        if config.keep_checkpoints:
+            os.makedirs(path("checkpoints"), exist_ok=True)
         log = open(path("log.jsonl"), "a", encoding="utf-8")
         print(f"{raw.n_parameter():,} parameters on {device}; {n_step:,} steps: {kinds}")
     handlers = {s: signal.signal(s, lambda number, frame: signals.append(number)) for s in (signal.SIGINT, signal.SIGTERM)}
@@ -369,6 +372,11 @@ def train(config, model_config, data, state=None):
                 evaluate()
                 started = time.perf_counter()
                 since_log += started - paused
+            ends_epoch = now["cursor"] == len(plan)
+            if config.keep_checkpoints and main_process and (now["step"] % config.eval_interval == 0 or done or ends_epoch):
+                check_finite()
+                save_checkpoint(path(os.path.join("checkpoints", f"step_{now['step']:08}.pt")), {
+                    "model": raw.state_dict(), "model_config": asdict(model_config), "now": now | {"kind": kinds[now["epoch"]], "ends_epoch": ends_epoch}})
             stopping = bool(signals) or now["step"] == config.stop_after
             if world > 1:  # a signal may reach one process a step before another
                 flag = torch.tensor(float(stopping), device=device)

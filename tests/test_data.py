@@ -808,7 +808,8 @@ def test_minimal_pairs(world):
                 if "agreement" in name:
                     assert agreement_errors(bad)
                 if name == "qa_congruence":  # asked for a color: an answer that is one, and one that is not
-                    assert words[:2] == ["what", "color"] and words[-1] in COLOR and words_bad[-1] in SHAPE
+                    assert words[:2] == ["what", "color"] and words[-1] in COLOR and words_bad[-1] in SIZE
+                    assert len(words) == len(words_bad)
                 if name == "turn_taking":  # another color than the one asked about: "no", not "yes"
                     asked, told = (w for w in words if w in COLOR)
                     assert asked != told and good.replace("no,", "yes,") == bad

@@ -95,7 +95,7 @@ def test_a_token_changes_no_logit_before_it(variant):
 @pytest.mark.parametrize("modulation", ["film", "dyintra"])
 def test_the_causality_test_sees_a_leak(modulation, monkeypatch):
     """The obvious way to condition the image on the text, its mean over the whole caption, tells a word its own future."""
-    def look(block, t, image, cache):
+    def look(block, t, image, cache, mask):
         return block.cross(t, memory=block.modulate(image, t.mean(dim=1, keepdim=True)))
 
     monkeypatch.setattr(Block, "look", look)
@@ -104,7 +104,7 @@ def test_the_causality_test_sees_a_leak(modulation, monkeypatch):
 
 def test_the_leak_hides_in_a_fresh_film_model(monkeypatch):
     """Why make() randomises: zero-initialised FiLM ignores its condition, even one that it should not see."""
-    monkeypatch.setattr(Block, "look", lambda block, t, image, cache: block.cross(t, memory=block.modulate(image, t.mean(1, True))))
+    monkeypatch.setattr(Block, "look", lambda block, t, image, cache, mask: block.cross(t, memory=block.modulate(image, t.mean(1, True))))
     assert change_of_logits(make(fresh=True, modulation="film", modulate_at="image"))[0] < 1e-5
 
 

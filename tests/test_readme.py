@@ -23,7 +23,7 @@ def test_the_readme_has_commands_and_the_two_that_the_project_promises():
 
 @pytest.mark.parametrize("command", sorted(set(COMMANDS)))
 def test_command(command):
-    words = shlex.split(command)
+    words = shlex.split(command, comments=True)
     script = next(i for i, word in enumerate(words) if word.endswith(".py"))
     argv = [word.replace("$g", "soft-token") for word in words[script + 1:]]
     if "--help" in argv:

@@ -750,7 +750,8 @@ def observe(out, data, flags):
     return {"weights": state(out)["model"], "order": order, "shapes": shapes, "kinds": [line["kind"] for line in lines],
             "lr": [line["lr"] for line in lines], "first loss": lines[0]["loss"], "logged at": [line["step"] for line in lines],
             "evaluations": [(line["step"], line["val_loss_caption"]) for line in log(out) if "val_loss_caption" in line],
-            "saved": [step for name, step in saved if name == "last.pt"], "steps": state(out)["now"]["step"],
+            "saved": [step for name, step in saved if name == "last.pt"], "kept": [step for name, step in saved if name.startswith("step_")],
+            "steps": state(out)["now"]["step"],
             "folder": read(os.path.join(out, "config.json"))["train"]["out"], "finished": summary is not None}
 
 
@@ -777,6 +778,7 @@ FIELDS = {  # field: (flags, other flags, what must differ, what must not)
     "eval_tokens": ("", "--eval_tokens 100", {"evaluations"}, {"weights", "saved", "logged at"}),
     "log_interval": ("", "--log_interval 2", {"logged at"}, {"weights", "saved", "evaluations"}),
     "save_interval": ("", "--save_interval 3", {"saved"}, {"weights", "logged at", "evaluations"}),
+    "keep_checkpoints": ("", "--keep_checkpoints", {"kept"}, {"weights", "saved", "evaluations", "logged at"}),
     "stop_after": ("", "--stop_after 3", {"finished", "steps", "weights"}, {"first loss"}),
 }
 ON_CUDA = {"device", "autocast", "compile"}  # the test below this one
@@ -947,10 +949,10 @@ def pieces():
 
 
 @pytest.mark.parametrize("spelled, words", [
-    (["the", " pur", "ple", " cross", ".", "<eot>"], [("the", 0), ("purple", 1), ("cross", 3), (".", 4)]),  # a word is read where it starts
-    (["the", " cross", "?", " caf", "é", "<eot>"], [("the", 0), ("cross", 1), ("?", 2), ("café", 3)]),
-    (["A", ":", " ", "h", "i", "\n", "B", ":"], [("A", 0), (":", 1), ("hi", 2), ("B", 5), (":", 7)]),  # the space belongs to the word
-    (["the", " ", "?", "<eot>"], [("the", 0), ("?", 2)]),  # a space alone is no word
+    (["the", " pur", "ple", " cross", ".", "<eot>"], [("the", 0, 1), ("purple", 1, 3), ("cross", 3, 4), (".", 4, 5)]),  # a word is read where it starts
+    (["the", " cross", "?", " caf", "é", "<eot>"], [("the", 0, 1), ("cross", 1, 2), ("?", 2, 3), ("café", 3, 5)]),
+    (["A", ":", " ", "h", "i", "\n", "B", ":"], [("A", 0, 1), (":", 1, 2), ("hi", 2, 5), ("B", 5, 7), (":", 7, 8)]),  # the space belongs to the word
+    (["the", " ", "?", "<eot>"], [("the", 0, 1), ("?", 2, 3)]),  # a space alone is no word
     (["<eot>"], []), ([], [])])
 def test_words_of(pieces, spelled, words):
     encoding, ids = pieces
@@ -1006,7 +1008,7 @@ def test_validate_takes_an_even_share_of_the_captions(letters, letters_run):
 def orange(path):
     """How many pixels say "looks at the picture"."""
     with Image.open(path) as picture:
-        return int((np.asarray(picture.convert("RGB")) == evaluation.VISION).all(axis=-1).sum())
+        return int((np.asarray(picture.convert("RGB")) == evaluation.LOOKS).all(axis=-1).sum())
 
 
 def test_draw_gates_fills_a_box_as_far_as_the_word_looks(tmp_path):
@@ -1063,10 +1065,10 @@ def test_eval_reports_a_run_folder(finished, tmp_path, capsys):
     shutil.copytree(finished.out, out)
     os.remove(out / "gates.png")
     evaluation.main([str(out), "--caption", "2"])
-    printed = capsys.readouterr().out.strip()
-    report, path = json.loads(printed[:printed.rindex("}") + 1]), printed.splitlines()[-1]
-    assert report and all(value == finished.summary[name] for name, value in report.items())
-    assert {"val_loss_caption", "val_loss_text", "gate_function_words", "gate_content_words", "visual_information_captured"} <= set(report)
-    assert path == str(out / "gates.png") and orange(path) > 1000
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    told = {line[0]: line[1] for line in lines if len(line) == 2}
+    for name in ("val_loss_caption", "val_loss_text", "gate_function_words", "gate_content_words", "visual_information_captured"):
+        assert told[name] == f"{finished.summary[name]:.4f}"
+    assert lines[-1] == [str(out / "gates.png")] and orange(out / "gates.png") > 1000
     with pytest.raises(InputError):
         evaluation.main([str(tmp_path / "nowhere")])
