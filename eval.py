@@ -15,7 +15,7 @@ from collections import Counter
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from tqdm import tqdm
 
 from gatevlm import InputError, load_checkpoint, load_model
@@ -44,20 +44,20 @@ CONTENT_TAGS = frozenset("ADJ ADV NOUN NUM PROPN VERB".split())
 # losses
 
 @torch.no_grad()
-def caption_losses(model, data, ids, view="image", batch_tokens=8192):
-    """Per caption of the validation set: losses (n_token,) in nats and gates (n_layer, n_token). view: "image" shows each its
+def caption_losses(model, data, ids, view="image", batch_tokens=8192, split="val"):
+    """Per caption of a split: losses (n_token,) in nats and gates (n_layer, n_token). view: "image" shows each its
     own image, "other" the next image of the file, "none" withholds it."""
     block, device = model.config.block_size, next(model.parameters()).device
-    length, rows = data.lengths("val", block, ids), data.image_row["val"][ids]
+    length, rows = data.lengths(split, block, ids), data.image_row[split][ids]
     if view == "other":
-        every = np.unique(data.image_row["val"])
+        every = np.unique(data.image_row[split])
         rows = every[(np.searchsorted(every, rows) + 1) % len(every)]
     losses, gates, order, i = [None] * len(ids), [None] * len(ids), np.argsort(-length, kind="stable"), 0
     was_training = model.training
     model.eval()
     while i < len(order):
         pick = order[i:i + max(1, batch_tokens // int(length[order[i]]))]  # longest first, so that little is padding
-        idx, targets, image = (torch.from_numpy(x).to(device) for x in data.caption_batch("val", ids[pick], block, rows[pick]))
+        idx, targets, image = (torch.from_numpy(x).to(device) for x in data.caption_batch(split, ids[pick], block, rows[pick]))
         seen = image if view != "none" and model.config.n_image_token else None
         loss, gate = (x.cpu().numpy() for x in model.token_losses(idx, targets, seen))
         for j, k in enumerate(pick):
@@ -552,8 +552,9 @@ def font(size):
     return ImageFont.load_default(size)
 
 
-def draw_gates(path, words, gates, picture=None, title=""):
-    """Caption words, each in a box as full as the model looks at the image (1 - gate, printed below), beside the picture."""
+def draw_gates(path, words, gates, picture=None, title="", kept=None):
+    """Caption words, each in a box as full as the model looks at the image (1 - gate, printed below), beside the picture; words that
+    are not kept (token elision) are struck out."""
     left = 20 if picture is None else 300
     boxes, x, y = [], left, 60
     for word, gate in zip(words, gates):
@@ -565,14 +566,16 @@ def draw_gates(path, words, gates, picture=None, title=""):
     canvas = Image.new("RGB", (1020, max(y + 110, 320 if picture else 0)), PAPER)
     draw = ImageDraw.Draw(canvas)
     if picture is not None:
-        canvas.paste(picture.resize((256, 256), Image.NEAREST if picture.width < 128 else Image.LANCZOS), (20, 40))
+        canvas.paste(ImageOps.contain(picture, (256, 256), Image.NEAREST if picture.width < 128 else Image.LANCZOS), (20, 40))
     draw.text((left, 20), title, INK, font(18))
-    for x, y, width, word, gate in boxes:
+    for i, (x, y, width, word, gate) in enumerate(boxes):
         fill = round(44 * (1 - gate))  # height of the coloured part: readable without colour too
         draw.rectangle((x, y + 44 - fill, x + width, y + 44), LOOKS)
         draw.rectangle((x, y, x + width, y + 44), outline=INK)
         draw.text((x + 12, y + 6), word, INK, font(26))
         draw.text((x + width / 2, y + 50), f"{1 - gate:.2f}", INK, font(16), anchor="ma")
+        if kept is not None and not kept[i]:
+            draw.line((x, y + 44, x + width, y), INK, 3)
     canvas.save(path)
 
 

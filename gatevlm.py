@@ -6,8 +6,9 @@ The model of *Looking to Learn* (Ganescu, Salhan, Caines, Buttery; arXiv 2510.08
   3. ImageEncoder        image features -> image tokens
   4. Block               one decoder layer: self-attention, then the gated look at the image, then the MLP
   5. clip_loss, lcg_loss the two contrastive losses that can be added in training
-  6. GateVLM             embeddings, blocks, tied head, loss; generate() with a key-value cache
-  7. save and load       a run folder -> a model, in one call
+  6. keep_best, ...      which tokens are worth running: the selection of *ReGATE* (Li, Kulkarni, Fazli; arXiv 2507.21420)
+  7. GateVLM             embeddings, blocks, tied head, loss; generate() with a key-value cache
+  8. save and load       a run folder -> a model, in one call
 
 Letters in shape comments: B batch, T text positions, K image tokens, D width (n_embd), V vocabulary, nh heads, hs head size.
 """
@@ -200,9 +201,14 @@ class Block(nn.Module):
             if config.modulation != "none":
                 self.condition = nn.Linear(D, 2 * D if config.modulation == "film" else D)
 
-    def forward(self, h, image=None, temperature=None, cache=None, mask=None):
+    def forward(self, h, image=None, temperature=None, cache=None, mask=None, keep=None, dropped=None):
         """h (B,T,D), image tokens (B,K,D) or None -> h (B,T,D), gate (B,T): 1 all language, 0 all vision."""
-        h = h + self.drop(self.attn(self.ln1(h), causal=True, cache=None if cache is None else cache["self"], mask=mask))
+        if dropped is None:
+            h = h + self.drop(self.attn(self.ln1(h), causal=True, cache=None if cache is None else cache["self"], mask=mask))
+        else:
+            everything = dropped.scatter(1, keep[..., None].expand_as(h), h)
+            visible = torch.arange(dropped.size(1), device=h.device) <= keep[..., None]
+            h = h + self.drop(self.attn(self.ln1(h), memory=self.ln1(everything), mask=visible))
         gate = h.new_ones(h.shape[:2])  # a layer that does not look is all language
         if image is not None and self.sees_image:
             t = self.ln2(h)
@@ -277,7 +283,26 @@ def lcg_loss(tokens, owner, image, scale):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# 6. the model
+# 6. which tokens to run (ReGATE)
+
+def keep_best(score, real, k):
+    """The k positions of each row with the best score (B,T), ascending: (B,k). Padding (real is False) comes last of all."""
+    return score.masked_fill(~real, -math.inf).topk(k, dim=1).indices.sort(dim=1).values
+
+
+def keep_sampled(score, real, k):
+    """Priority sampling (Duffield, Lund, Thorup 2007): (keep (B,k), weight (B,k)) of positions drawn by their score (B,T) > 0. Each
+    weight is 1 / the probability of having been drawn, so that the weighted sum of losses over keep is unbiased."""
+    priority = (score / torch.rand_like(score).clamp(min=1e-9)).masked_fill(~real, 0.0)
+    keep = keep_best(priority, real, k)
+    threshold = priority.topk(min(k + 1, score.size(1)), dim=1).values[:, -1:]  # the best priority that was not kept
+    if k == score.size(1):
+        threshold = torch.zeros_like(threshold)
+    return keep, (threshold / score.gather(1, keep)).clamp(min=1.0)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 7. the model
 
 class GateVLM(nn.Module):
     def __init__(self, config):
@@ -315,7 +340,7 @@ class GateVLM(nn.Module):
             if self.config.modulation == "film":
                 nn.init.zeros_(module.condition.weight)  # FiLM starts as the identity
 
-    def trunk(self, idx, image=None, cache=None, position=None, mask=None):
+    def trunk(self, idx, image=None, cache=None, position=None, mask=None, keep=None):
         """Everything below the head: h (B,T,D), gates (n_layer,B,T), pooled image (B,D) or None, block 0's output (B,T,D).
         Tokens follow each other unless position (B,T) and mask (B,T,T), True where a row may look, arrange them otherwise."""
         start = 0 if cache is None or not cache[0]["self"] else cache[0]["self"]["key"].size(2)
@@ -327,6 +352,9 @@ class GateVLM(nn.Module):
         if position is None:
             position = torch.arange(start, start + T, device=idx.device)
         h = self.drop(self.token_embedding(idx) + self.position_embedding(position))  # (B, T, D)
+        dropped = None
+        if keep is not None:
+            dropped, h = h, h.gather(1, keep[..., None].expand(-1, -1, h.size(-1)))
         if image is not None and not self.config.n_image_token:
             raise InputError("this model was trained without images (n_image_token is 0): call it with image=None")
         if image is not None:
@@ -338,7 +366,7 @@ class GateVLM(nn.Module):
                 cache[0]["encoded"] = image
         gates = []
         for i, block in enumerate(self.blocks):
-            h, gate = block(h, image, self.gate_temperature, None if cache is None else cache[i], mask)
+            h, gate = block(h, image, self.gate_temperature, None if cache is None else cache[i], mask, keep, dropped)
             gates.append(gate)
             first = h if i == 0 else first
         return self.ln(h), torch.stack(gates), None if image is None else image.mean(dim=1), first
@@ -346,16 +374,25 @@ class GateVLM(nn.Module):
     def logits(self, h):
         return self.head(h)[..., :self.config.vocab_size]
 
-    def forward(self, idx, targets=None, image=None, return_gates=False):
+    def forward(self, idx, targets=None, image=None, keep=None, return_gates=False, weight=None, visible=False):
         """idx (B,T) int64, image (B,K,image_dim) or None -> (logits (B,T,V), None), or with targets (B,T), -1 ignored,
-        (None, mean loss in nats); with return_gates also gates (n_layer,B,T). In training the contrastive term is added."""
-        h, gates, pooled, first = self.trunk(idx, image)
+        (None, mean loss in nats); with return_gates also gates (n_layer,B,T). In training the contrastive term is added.
+        keep (B,k), ascending: only these positions are run, as if the others were not in the text, and every T above is k.
+        weight (B,k or T): the loss is the sum of weight * loss instead of the mean."""
+        if keep is not None:
+            whole = idx
+            idx, targets = idx.gather(1, keep), None if targets is None else targets.gather(1, keep)  # (B, k)
+        if visible and keep is not None:
+            h, gates, pooled, first = self.trunk(whole, image, keep=keep)
+        else:
+            h, gates, pooled, first = self.trunk(idx, image, position=keep)
         if targets is None:
             logits, loss = self.logits(h), None
         else:
             real = targets != -1  # (B, T); padding never reaches the head
-            logits, loss = None, F.cross_entropy(self.logits(h[real]).float(), targets[real])
-            self.loss_parts = {"language": loss.detach()}
+            logits, losses = None, F.cross_entropy(self.logits(h[real]).float(), targets[real], reduction="none")
+            loss = losses.mean() if weight is None else (losses * weight[real]).sum()
+            self.loss_parts = {"language": loss.detach(), "tokens": losses.detach()}
             if self.training and image is not None and self.config.contrastive != "none":
                 extra = self.contrastive(idx, first, real, pooled)
                 self.loss_parts["contrastive"] = extra.detach()
@@ -433,7 +470,7 @@ class GateVLM(nn.Module):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# 7. save and load
+# 8. save and load
 
 def save_checkpoint(path, checkpoint):
     """Write a dict of plain values and tensors; a crash leaves the old file or the new one, never half of one."""

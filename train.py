@@ -5,6 +5,7 @@ A run folder holds config.json, log.jsonl, last.pt, best.pt, loss.png, gates.png
 """
 import argparse
 import difflib
+import hashlib
 import json
 import math
 import os
@@ -23,13 +24,17 @@ from tqdm import tqdm
 
 import eval as evaluation
 import prepare_data
-from gatevlm import GateVLM, GateVLMConfig, InputError, check_fields, load_checkpoint, option, save_checkpoint
+from gatevlm import GateVLM, GateVLMConfig, InputError, check_fields, keep_best, keep_sampled, load_checkpoint, load_model, option, save_checkpoint
 
 # ----------------------------------------------------------------------------------------------------------------------
 # configuration
 
 ORDERS = {"alternate": lambda n: "TC" * n, "text-first": lambda n: "T" * n + "C" * n, "caption-first": lambda n: "C" * n + "T" * n,
           "mixed": lambda n: "M" * n, "caption-only": lambda n: "C" * n, "text-only": lambda n: "T" * n}
+
+
+ELIDE = ("none", "regate", "ema", "ref", "random", "loss-only", "gate", "priority")
+WITH_TEACHER = ("regate", "ref", "loss-only", "priority")
 
 
 @dataclass
@@ -41,6 +46,17 @@ class TrainConfig:
     curriculum: str = option("alternate", "epochs in order, such as TCTC (T text, C captions, M mixed steps), or a named order: " + ", ".join(ORDERS))
     epochs: int = option(10, "epochs of each kind that a named order expands to")
     mix: int = option(4, "caption steps for each text step in an M epoch")
+    elide: str = option("none", "how the tokens to run are chosen (ReGATE and controls)", ELIDE)
+    teacher: str = option("", "run folder of a teacher without image modules, trained on the same data; its losses score the tokens (elide becomes regate)")
+    keep_ratio: float = option(0.5, "elide: share of each caption that an elided step runs (p)")
+    elide_warmup: int = option(100, "elide: dense steps before the first cycle")
+    elide_cycle: int = option(128, "elide: steps of a cycle (C)")
+    elide_dense: int = option(16, "elide: dense steps that begin a cycle (F)")
+    elide_lambda: float = option(0.5, "elide: weight of the teacher's loss, or of 1 - gate, beside the student's own difficulty")
+    elide_beta: float = option(0.9, "elide: decay of the moving average of the student's loss")
+    elide_tail: float = option(0.0, "elide: share of the steps, at the end, that are dense")
+    elide_text: bool = option(False, "elide: text blocks too")
+    elide_visible: bool = option(False, "elide: dropped tokens stay visible as keys and values")
     max_steps: int = option(0, "end the schedule after this many steps; 0 = the whole curriculum")
     images: bool = option(True, "show the images; --no-images trains on the captions as text, without any image module")
     batch_tokens: int = option(8192, "tokens per step, over all micro-batches and GPUs")
@@ -64,9 +80,14 @@ class TrainConfig:
 
     def __post_init__(self):
         check_fields(self, positive=("lr", "epochs", "mix", "batch_tokens", "grad_accum", "length_multiple", "eval_interval",
-                                     "eval_tokens", "log_interval", "save_interval"))
+                                     "eval_tokens", "log_interval", "save_interval", "elide_cycle"))
         if self.beta2 >= 1:
             raise InputError(f"beta2 must be below 1, not {self.beta2}")
+        if not 0 < self.keep_ratio <= 1 or self.elide_beta >= 1 or self.elide_tail > 1 or self.elide_dense > self.elide_cycle:
+            raise InputError("expected 0 < keep_ratio <= 1, elide_beta below 1, elide_tail at most 1 and elide_dense at most elide_cycle, not "
+                             f"{self.keep_ratio}, {self.elide_beta}, {self.elide_tail} and {self.elide_dense} of {self.elide_cycle}")
+        if self.elide in WITH_TEACHER and not self.teacher:
+            raise InputError(f"--elide {self.elide} needs the losses of a text-only teacher: --teacher RUN, trained with --no-images on the same data")
         if self.curriculum not in ORDERS and (not self.curriculum or set(self.curriculum) - set("TCM")):
             raise InputError(f"curriculum must be made of the letters T, C and M or be one of {', '.join(ORDERS)}, not {self.curriculum!r}")
 
@@ -189,9 +210,18 @@ def load_batch(batch, config, model_config, data, device):
     return [None if x is None else torch.from_numpy(np.ascontiguousarray(x)).to(device, non_blocking=True) for x in (idx, targets, image)]
 
 
-def n_target(batch, model_config, data):
+def target_places(batch, T, data, device):
+    """Where the targets of a batch (B,T) stand in their token stream; padding gets some place within it."""
     kind, rows = batch
-    return len(rows) * model_config.block_size if kind == "T" else int(data.lengths("train", model_config.block_size, rows).sum())
+    first, n = (rows + 1, len(data.text["train"])) if kind == "T" else (data.offset["train"][rows], len(data.tokens["train"]))
+    return torch.from_numpy(np.minimum(first[:, None] + np.arange(T), n - 1)).to(device)
+
+
+def n_target(batch, model_config, data, most=None):
+    """Targets of a batch, at most this many of each row."""
+    kind, rows = batch
+    length = np.full(len(rows), model_config.block_size) if kind == "T" else data.lengths("train", model_config.block_size, rows)
+    return int((length if most is None else np.minimum(length, most)).sum())
 
 
 def learning_rate(step, config, n_step):
@@ -200,6 +230,122 @@ def learning_rate(step, config, n_step):
     if step < warm:
         return config.lr * (step + 1) / warm
     return config.lr * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, n_step - warm)))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# token elision (ReGATE, section 3): run only the tokens that matter
+
+CHUNK = 2000  # captions or text blocks between two writes of the reference losses
+
+
+def load_teacher(run, data, device="cpu"):
+    """The text-only model of a run folder; InputError when it cannot judge the tokens of this data."""
+    model = load_model(run, device=device)
+    files = [os.path.join(folder, "tokenizer.tiktoken") for folder in (run, data.folder)]
+    if len({prepare_data.sha256(path) for path in files}) > 1 or prepare_data.load_meta(run)["tokenizer"] != data.meta["tokenizer"]:
+        raise InputError(f"--teacher {run} has another tokenizer than {data.folder}; train it on the same data")
+    if model.config.n_image_token:
+        raise InputError(f"--teacher {run} has image tokens; expected a text-only model, trained with --no-images")
+    return model
+
+
+def reference_losses(run, data, kind, device):
+    """Loss in nats of every training token of a kind (C captions, T text) under a frozen text-only teacher: float16 (n_token,),
+    computed once and kept beside the data under a name made of both their hashes. Picks up where it was stopped."""
+    model = load_teacher(run, data, device)
+    source, T = "caption_train.bin" if kind == "C" else "text_train.bin", model.config.block_size
+    key = hashlib.sha256((prepare_data.sha256(os.path.join(run, "best.pt")) + data.meta["sha256"][source]).encode()).hexdigest()[:16]
+    path = os.path.join(data.folder, f"reference_{source.removesuffix('.bin')}_{key}.npy")
+    if os.path.exists(path):
+        return prepare_data.load_npy(path)
+    part, n = f"{path}.part", len(data.tokens["train"] if kind == "C" else data.text["train"])
+    if not os.path.exists(part):
+        np.lib.format.open_memmap(part, "w+", np.float16, (n,))[:] = np.nan
+    losses = np.lib.format.open_memmap(part, "r+")
+    spans = data.offset["train"][:-1:CHUNK] if kind == "C" else np.arange(0, n, CHUNK * T)
+    spans = np.unique(np.append(spans, n))  # chunks of captions, or of text blocks
+    for i, (start, stop) in enumerate(tqdm(list(zip(spans[:-1], spans[1:])), desc=f"reference losses of {source}", disable=None, leave=False)):
+        if not np.isnan(losses[stop - 1]):
+            continue  # done before the last interruption
+        chunk = np.zeros(stop - start, np.float16)  # what does not fit the teacher's block has no reference
+        if kind == "C":
+            ids = np.arange(i * CHUNK, min((i + 1) * CHUNK, len(data.offset["train"]) - 1))
+            for first, loss in zip(data.offset["train"][ids] - start, evaluation.caption_losses(model, data, ids, "none", split="train")[0]):
+                chunk[first:first + len(loss)] = loss
+        else:
+            for first in range(start, stop, T):  # a block predicts the tokens after its first
+                block = torch.from_numpy(data.text["train"][max(0, first - 1):min(first + T, stop)].astype(np.int64))[None].to(device)
+                with torch.no_grad():
+                    chunk[first - start + (first == 0):][:block.size(1) - 1] = model.token_losses(block[:, :-1], block[:, 1:])[0][0].cpu().numpy()
+        losses[start:stop] = chunk
+        losses.flush()
+    os.replace(part, path)
+    return prepare_data.load_npy(path)
+
+
+def is_dense(step, n_step, config):
+    """Does this step (counted per kind) run every token? Warm-up, then cycles that begin with dense steps, then a dense tail."""
+    cycle = (step - config.elide_warmup) % config.elide_cycle
+    return step < config.elide_warmup or cycle < config.elide_dense or step >= round((1 - config.elide_tail) * n_step)
+
+
+def gather(tensors):
+    """The tensors of every process, in order of rank, so that all keep the same books."""
+    everyone = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, [x.cpu() for x in tensors])
+    return [[x.to(tensors[0].device) for x in theirs] for theirs in everyone]
+
+
+class Elision:
+    """Difficulty of every training token (a moving average of the student's own loss on it) and the choice of what to run."""
+
+    def __init__(self, config, data, device):
+        self.config, self.kinds = config, "CT" if config.elide_text else "C"
+        n, started = {"C": len(data.tokens["train"]), "T": len(data.text["train"])}, time.perf_counter()
+        zeros = lambda dtype=torch.float32: {kind: torch.zeros(n[kind], dtype=dtype, device=device) for kind in self.kinds}
+        self.difficulty, self.count = zeros(), zeros(torch.int32)  # the average, and how many losses it holds
+        self.looks = zeros() if config.elide == "gate" else {}  # 1 - gate, when the student last ran the token
+        self.reference = {}  # the teacher's loss
+        if config.elide in WITH_TEACHER:
+            self.reference = {kind: torch.tensor(reference_losses(config.teacher, data, kind, device)).to(device) for kind in self.kinds}
+        self.seconds = time.perf_counter() - started  # next to nothing when the losses are cached
+
+    def score(self, kind, place):
+        """d = m + lambda * reference of the tokens at place (B,T) of the stream, or what a control puts in its stead."""
+        elide, beta = self.config.elide, self.config.elide_beta
+        if elide == "random":
+            return torch.rand(place.shape, device=place.device)
+        reference = self.reference[kind][place].float() if self.reference else 0.0
+        if elide == "ref":
+            return reference
+        n = self.count[kind][place]
+        m = self.difficulty[kind][place] / (1 - beta ** n).clamp(min=1e-9)  # an average that starts at 0, corrected as in Adam
+        # for a token that was never run the teacher's loss stands in; without a teacher it comes first, in an order without meaning
+        m = torch.where(n > 0, m, reference if self.reference else 1000 + place.double() * 0.6180339887498949 % 1)
+        return (m + self.config.elide_lambda * (self.looks[kind][place] if self.looks else reference)).float()
+
+    def choose(self, kind, place, real, k):
+        """Positions to keep (B,k), ascending, and the weight of each one's loss, or None where all count the same. The score of
+        target t+1 decides about input t: both stand at position t of a batch."""
+        if self.config.elide == "priority":
+            return keep_sampled(self.score(kind, place).clamp(min=0.1), real, k)
+        return keep_best(self.score(kind, place), real, k), None
+
+    def update(self, kind, place, losses, looks):
+        """After a step: place (N,) of the tokens whose losses (N,) were computed, and 1 - gate there. m <- beta m + (1 - beta) loss."""
+        m, beta = self.difficulty[kind], self.config.elide_beta
+        m[place] = beta * m[place] + (1 - beta) * losses
+        self.count[kind][place] += 1
+        if self.looks:
+            self.looks[kind][place] = looks
+
+    def state(self):
+        return {"difficulty": self.difficulty, "count": self.count, "looks": self.looks}
+
+    def load(self, state):
+        for name, mine in self.state().items():
+            for kind in mine:
+                mine[kind].copy_(state[name][kind])
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -247,12 +393,23 @@ def train(config, model_config, data, state=None):
         raise InputError(f"torch {torch.__version__} has no Muon; use --optimizer adamw with a lower --lr, or torch 2.9 and later")
     optimizers = raw.optimizers(config.lr, config.weight_decay, (0.9, config.beta2), config.optimizer == "muon")
     kinds = config.epoch_kinds()
-    now = {"step": 0, "epoch": 0, "cursor": 0, "caption_step": 0, "tokens_seen": 0, "seconds": 0.0, "best": math.inf, "best_step": 0}
+    now = {"step": 0, "epoch": 0, "cursor": 0, "caption_step": 0, "tokens_seen": 0, "tokens_processed": 0, "seconds": 0.0, "best": math.inf, "best_step": 0}
     if state:
         raw.load_state_dict(state["model"])
         for optimizer, saved in zip(optimizers, state["optimizers"]):
             optimizer.load_state_dict(saved)
         now = state["now"]
+    elision = None
+    if config.elide != "none":
+        if rank:
+            dist.barrier()  # until the first process has written the reference losses
+        elision = Elision(config, data, device)
+        if world > 1 and not rank:
+            dist.barrier()
+        if state:
+            elision.load(state["elision"])
+        else:
+            now["reference_seconds"] = elision.seconds
     model = torch.compile(raw) if config.compile and on_cuda else raw
     if world > 1:  # text batches leave the image modules without gradients
         model = DistributedDataParallel(model, find_unused_parameters=True, broadcast_buffers=False)
@@ -263,6 +420,7 @@ def train(config, model_config, data, state=None):
     order = [batch[0] for kind in kinds for batch in plans[kind]]
     n_step = min(len(order), config.max_steps or len(order))
     n_caption_step = max(1, order[:n_step].count("C"))
+    n_kind_step = {kind: order[:n_step].count(kind) for kind in "CT"}
     plan = epoch_plan(kinds[now["epoch"]], now["epoch"], config, model_config.block_size, data)
 
     path = lambda name: os.path.join(config.out, name)
@@ -286,7 +444,8 @@ def train(config, model_config, data, state=None):
     def save(name):
         if main_process:
             save_checkpoint(path(name), {"model": raw.state_dict(), "model_config": asdict(model_config), "config": asdict(config),
-                                         "optimizers": [optimizer.state_dict() for optimizer in optimizers], "now": now})
+                                         "optimizers": [optimizer.state_dict() for optimizer in optimizers], "now": now,
+                                         **({"elision": elision.state()} if elision else {})})
 
     def evaluate():
         """Validation losses into the log; best.pt is kept by the caption loss, or the text loss where no captions are trained."""
@@ -305,6 +464,7 @@ def train(config, model_config, data, state=None):
             raise InputError(f"the loss or its gradient became NaN or inf at step {int(bad.item())} (epoch {now['epoch']}, kind {kinds[now['epoch']]}); "
                              "nothing was saved since. A new run with a lower --lr or more --warmup_steps is the usual cure")
 
+    looking = evaluation.looking(raw) or [0]
     raw.train()
     progress = tqdm(total=n_step, initial=now["step"], disable=None if main_process else True, dynamic_ncols=True)
     started = since_log = time.perf_counter()
@@ -324,20 +484,41 @@ def train(config, model_config, data, state=None):
                 group["lr"] = lr
 
             n_real, loss, extra = n_target(batch, model_config, data), torch.zeros((), device=device), None
+            elides = elision is not None and kind in elision.kinds  # does this step keep the books of elision, and does it run fewer tokens?
+            nth = now["caption_step"] if kind == "C" else now["step"] - now["caption_step"]
+            sparse = elides and not is_dense(nth, n_kind_step[kind], config)
+            k = max(1, round(config.keep_ratio * n_real / len(rows))) if sparse else None
+            n_kept = n_target(batch, model_config, data, k)
             for micro in range(config.grad_accum):
                 part = kind, rows[micro * world + rank::config.grad_accum * world]
-                weight = n_target(part, model_config, data) / n_real * world  # DDP averages over ranks; every token counts the same
+                share = n_target(part, model_config, data, k) / n_kept * world  # DDP averages over ranks; every token counts the same
                 if not len(part[1]):
                     part = kind, rows[:1]  # every rank has to take part in the reduction, if only with weight 0
                 idx, targets, image = load_batch(part, config, model_config, data, device)
+                keep = weight = None
+                if elides:
+                    place = target_places(part, targets.size(1), data, device)
+                if sparse:
+                    keep, weight = elision.choose(kind, place, targets != -1, min(k, targets.size(1)))
+                    if weight is not None:
+                        weight, share = weight / n_real, share and float(world)
+                    if config.elide == "loss-only":
+                        targets, keep = targets.masked_fill(torch.ones_like(targets, dtype=torch.bool).scatter(1, keep, False), -1), None
                 last = micro == config.grad_accum - 1
                 with nullcontext() if last or world == 1 else model.no_sync():
                     with precision:
-                        _, total, gates = model(idx, targets, image, return_gates=True)
-                    (total * weight).backward()
-                loss += raw.loss_parts["language"] * weight / world
+                        _, total, gates = model(idx, targets, image, keep, return_gates=True, weight=weight, visible=config.elide_visible)
+                    (total * share).backward()
+                loss += raw.loss_parts["language"] * share / world
+                if keep is not None:
+                    targets, place = targets.gather(1, keep), place.gather(1, keep)
+                if elides:
+                    real = targets != -1 if share else torch.zeros_like(targets, dtype=torch.bool)
+                    news = place[real], raw.loss_parts["tokens"][:real.sum()], 1 - gates.detach()[looking].mean(dim=0)[real]
+                    for told in [news] if world == 1 else gather(news):
+                        elision.update(kind, *told)
                 if "contrastive" in raw.loss_parts:
-                    extra = raw.loss_parts["contrastive"] * weight / world + (0 if extra is None else extra)
+                    extra = raw.loss_parts["contrastive"] * share / world + (0 if extra is None else extra)
             norm = torch.nn.utils.clip_grad_norm_(raw.parameters(), config.grad_clip or math.inf)
             for optimizer in optimizers:
                 optimizer.step()
@@ -346,6 +527,7 @@ def train(config, model_config, data, state=None):
             now["step"], now["cursor"] = now["step"] + 1, now["cursor"] + 1
             now["caption_step"] += kind == "C"
             now["tokens_seen"] += n_real
+            now["tokens_processed"] += n_real if config.elide == "loss-only" else n_kept
             tokens_since += n_real
             progress.update()
             done, logs = now["step"] == n_step, now["step"] % config.log_interval == 0 or now["step"] == n_step
@@ -357,6 +539,7 @@ def train(config, model_config, data, state=None):
                     dist.all_reduce(loss)
                 line = {"step": now["step"], "epoch": now["epoch"], "kind": kind, "loss": loss.item(), "lr": lr,
                         "grad_norm": norm.item(), "tokens_seen": now["tokens_seen"],
+                        "tokens_processed": now["tokens_processed"], "kept": n_kept / n_real,
                         "tokens_per_second": round(tokens_since / (time.perf_counter() - since_log))}
                 if extra is not None:
                     line["contrastive"] = float(extra)
@@ -398,21 +581,48 @@ def train(config, model_config, data, state=None):
     return now["step"] == n_step
 
 
+def kept_picture(path, model, config, data, state):
+    """A training caption with its gates; struck out what an elided step would drop, by the books of the checkpoint state."""
+    layers = evaluation.looking(model)
+    caption = int(np.argmax(data.lengths("train", model.config.block_size)[:100]))
+    batch = "C", np.array([caption])
+    idx, targets, image = load_batch(batch, config, model.config, data, "cpu")
+    elision = Elision(config, data, "cpu")
+    elision.load(state["elision"])
+    torch.manual_seed(config.seed)
+    length = n_target(batch, model.config, data)
+    keep, _ = elision.choose("C", target_places(batch, idx.size(1), data, "cpu"), targets != -1, max(1, round(config.keep_ratio * length)))
+    with torch.no_grad():
+        gates = model.token_losses(idx, targets, image)[1][:, 0].numpy()  # (n_layer, T)
+    words = evaluation.words_of(targets[0, :length].tolist(), data.encoding)
+    evaluation.draw_gates(path, [word for word, _, _ in words], [gates[layers, first].mean() for _, first, _ in words],
+                          evaluation.picture_of(data, data.image_row["train"][caption]), f"1 - gate; struck out: not run ({config.elide}, step {state['now']['step']:,})",
+                          [bool(set(range(first, stop)) & set(keep[0].tolist())) for _, first, stop in words])
+
+
 def finish(config, data):
     """Report on best.pt, pictures, summary.json."""
     path = lambda name: os.path.join(config.out, name)
-    model, now = evaluation.load_model(config.out), load_checkpoint(path("last.pt"))["now"]
+    model, state = load_model(config.out), load_checkpoint(path("last.pt"))
+    now = state["now"]
     summary = evaluation.report(model, data)
-    summary |= {"tokens_seen": now["tokens_seen"], "tokens_per_second": round(now["tokens_seen"] / now["seconds"]), "minutes": now["seconds"] / 60,
+    summary |= {"tokens_seen": now["tokens_seen"], "tokens_processed": now["tokens_processed"],
+                "processed_ratio": now["tokens_processed"] / now["tokens_seen"], "tokens_per_second": round(now["tokens_seen"] / now["seconds"]), "minutes": now["seconds"] / 60,
                 "n_parameter": model.n_parameter(), "step": now["step"], "best_step": now["best_step"]}
+    if config.teacher:
+        known = os.path.join(config.teacher, "summary.json")
+        summary |= {"teacher_seconds": prepare_data.read_json(known)["minutes"] * 60 if os.path.exists(known) else None,
+                    "reference_seconds": now["reference_seconds"]}
     prepare_data.write_json(path("summary.json"), summary)
     lines = read_log(path("log.jsonl"))
-    series = {name: [(line["step"], line[key]) for line in lines if line.get(key) is not None and line.get("kind", kind) == kind]
+    series = {name: [(line["step"], line[key]) for line in lines if line.get(key) is not None and line.get("kind", kind) == kind and line.get("kept", 1) == 1]
               for name, key, kind in (("captions, training", "loss", "C"), ("captions, validation", "val_loss_caption", None),
                                       ("text, training", "loss", "T"), ("text, validation", "val_loss_text", None))}
     floors = [(name.replace("_", " "), summary[name]) for name in ("floor_with_image", "floor_text_only") if name in summary]
     evaluation.draw_curves(path("loss.png"), series, "loss, nats per token", "steps", floors)
     evaluation.gate_picture(path("gates.png"), model, data)
+    if config.elide != "none" and evaluation.looking(model) and len(data.image_row["train"]):
+        kept_picture(path("kept.png"), model, config, data, state)
     for name, value in summary.items():
         print(f"{name:32} {value if not isinstance(value, float) else f'{value:.4f}'}")
     print(f"everything is in {config.out}: summary.json, loss.png, gates.png, log.jsonl, best.pt, last.pt")
@@ -433,6 +643,8 @@ def main(argv=None):
         values |= flags | {"out": out}
     else:
         values = PRESETS[preset] | flags | {"out": out}
+        if values.get("teacher"):
+            values.setdefault("elide", "regate")
         if not values.get("data"):
             values["data"] = os.path.join("data", "toy16" if values.get("n_image_token", 1) == 16 else "toy")
             if not os.path.exists(values["data"]) and main_process:
@@ -445,6 +657,10 @@ def main(argv=None):
         dist.barrier()  # until the first process has made the data
     data = prepare_data.Data(values["data"])
     config, model_config = make_configs(values, data)
+    if config.elide in WITH_TEACHER:
+        load_teacher(config.teacher, data)
+    if config.elide == "gate" and (model_config.gate == "none" or not model_config.n_image_token):
+        raise InputError("--elide gate needs a model with gates and images")
     if main_process and not state:
         os.makedirs(out, exist_ok=True)
         prepare_data.write_json(os.path.join(out, "config.json"), {"preset": preset, "train": asdict(config), "model": asdict(model_config)})

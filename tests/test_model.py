@@ -13,7 +13,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from gatevlm import (CONTRASTIVES, GATES, IMAGE_ENCODERS, MODULATIONS, PLACES, Attention, Block, GateVLM, GateVLMConfig, InputError,
-                     clip_loss, lcg_loss, load_checkpoint, load_model, save_checkpoint)
+                     clip_loss, keep_best, keep_sampled, lcg_loss, load_checkpoint, load_model, save_checkpoint)
 
 V, T, K, IMAGE_DIM = 50, 7, 4, 6
 MODULATED = [dict(modulation="none")] + [dict(modulation=m, modulate_at=p) for m in MODULATIONS if m != "none" for p in PLACES]
@@ -573,6 +573,133 @@ def test_accumulated_micro_batches_are_the_big_batch(gate):
         (model(idx[part], targets[part], image[part])[1] * (7 - row) / 18).backward()
     for n, p in model.named_parameters():
         same(p.grad, big[n])
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# token elision: only the kept positions are run
+
+KEEP = torch.tensor([[0, 2, 3, 6], [1, 2, 4, 6], [0, 1, 2, 6]])  # position 6 is padding in rows 1 and 2
+
+
+def run_kept(model, idx, targets, image, keep):
+    """Logits, gates and gradients of the language loss when only keep is run."""
+    model.zero_grad()
+    logits, _, gates = model(idx, image=image, keep=keep, return_gates=True)
+    loss = model(idx, targets, image, keep)[1]
+    loss.backward()
+    return logits, gates, loss, [p.grad.clone() for p in model.parameters() if p.grad is not None]
+
+
+@every(VARIANTS)
+def test_kept_tokens_are_the_full_forward_with_the_others_hidden(variant):
+    """Reference: all T positions are run, and an explicit mask hides every dropped token from everybody."""
+    model = make(**variant)
+    idx, targets, image = captions(model)
+    kept = torch.zeros(3, T, dtype=torch.bool).scatter(1, KEEP, True)
+    mask = torch.ones(T, T, dtype=torch.bool).tril() & (kept[:, None] | torch.eye(T, dtype=torch.bool))  # a dropped token sees itself: no empty softmax
+    mask = torch.where(kept[:, :, None], mask & kept[:, None], mask)
+    logits, gates, loss, gradients = run_kept(model, idx, targets, image, KEEP)
+    model.zero_grad()
+    h, all_gates, _, _ = model.trunk(idx, image, mask=mask)
+    expected = model.logits(h)
+    same(logits, expected[kept].view(3, 4, V), 1e-4)
+    same(gates, all_gates[:, kept].view(-1, 3, 4), 1e-4)
+    real = kept & (targets != -1)
+    reference = F.cross_entropy(expected[real], targets[real])
+    same(loss, reference)
+    reference.backward()
+    for gradient, p in zip(gradients, [p for p in model.parameters() if p.grad is not None], strict=True):
+        same(gradient, p.grad, 1e-4)
+
+
+@every(VARIANTS)
+def test_keeping_everything_is_the_dense_forward(variant):
+    model = make(**variant)
+    idx, targets, image = captions(model)
+    logits, gates, loss, _ = run_kept(model, idx, targets, image, torch.arange(T).repeat(3, 1))
+    same(logits, model(idx, image=image)[0])
+    same(gates, model(idx, image=image, return_gates=True)[2])
+    same(loss, model(idx, targets, image)[1])
+
+
+def test_kept_tokens_keep_their_positions():
+    """The same two tokens at positions 1 and 3 or 0 and 1 are different texts; the token that stands between them is not seen."""
+    model = make()
+    idx, _, image = captions(model)
+    far, near = model(idx, image=image, keep=torch.tensor([[1, 3]] * 3))[0], model(idx[:, [1, 3]], image=image)[0]
+    assert (far - near).abs().max() > 1e-2
+    idx[:, 2] = (idx[:, 2] + 1) % V
+    same(far, model(idx, image=image, keep=torch.tensor([[1, 3]] * 3))[0], 0)
+
+
+@pytest.mark.parametrize("contrastive", ["clip", "lcg"])
+def test_contrastive_losses_take_the_kept_tokens_only(contrastive):
+    model = make(contrastive=contrastive).train()
+    idx, targets, image = captions(model)
+    model(idx, targets, image, KEEP)
+    kept = model.loss_parts["contrastive"]
+    other = idx.clone()
+    other[0, 1] = (idx[0, 1] + 1) % V  # dropped: changes nothing
+    model(other, targets, image, KEEP)
+    same(kept, model.loss_parts["contrastive"], 0)
+    other = idx.clone()
+    other[0, 2] = (idx[0, 2] + 1) % V
+    model(other, targets, image, KEEP)
+    assert (kept - model.loss_parts["contrastive"]).abs() > 1e-4
+
+
+def test_dropped_tokens_never_reach_a_block_or_the_head():
+    """Every matrix of the decoder sees B * k rows, the head those of them that have a target, the image encoder the image tokens."""
+    model, rows = make(vocab_size=100), {}
+    idx, targets, image = captions(model)
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear):
+            module.register_forward_hook(lambda module, inputs, output, name=name: rows.update({name: inputs[0].numel() // module.in_features}))
+    model(idx, targets, image, KEEP)
+    assert rows.pop("head") == 4 + 3 + 3
+    assert {n for name, n in rows.items() if name.startswith("blocks") and "cross.key_value" not in name} == {3 * 4}
+    assert {n for name, n in rows.items() if name.startswith("image_encoder") or "cross.key_value" in name} == {3 * K}
+
+
+def test_weights_of_the_kept_losses():
+    model = make()
+    idx, targets, image = captions(model)
+    weight = torch.arange(12.0).view(3, 4)
+    prefix = torch.arange(4).repeat(3, 1)
+    losses = model.token_losses(idx[:, :4], targets[:, :4], image)[0]
+    same(model(idx, targets, image, prefix, weight=weight)[1], (weight * losses).sum())
+    same(model.loss_parts["tokens"], losses[targets[:, :4] != -1])
+
+
+def test_keep_best_by_hand():
+    """Row 0: the scores 9, 8, 7 stand at 4, 1, 5. Row 1 has two real tokens: padding is kept only because none is left, whatever its score."""
+    score = torch.tensor([[1.0, 8, 3, 2, 9, 7], [1, 2, 99, 99, 99, 99]])
+    real = torch.tensor([[True] * 6, [True] * 2 + [False] * 4])
+    keep = keep_best(score, real, 3)
+    assert keep[0].tolist() == [1, 4, 5] and keep[1, :2].tolist() == [0, 1] and keep[1, 2] >= 2 and keep.shape == (2, 3)
+
+
+def test_the_score_of_a_target_decides_about_the_input_before_it():
+    """"<eot> a red ball": only "red" is hard. Its target stands at position 1, whose input is "a": that is what is run, and what learns "red"."""
+    eot, a, red, ball = range(4)
+    idx, targets = torch.tensor([[eot, a, red]]), torch.tensor([[a, red, ball]])
+    keep = keep_best(torch.tensor([[0.1, 5.0, 0.2]]), targets != -1, 1)
+    assert keep.tolist() == [[1]] and idx.gather(1, keep).tolist() == [[a]] and targets.gather(1, keep).tolist() == [[red]]
+
+
+def test_priority_sampling_is_unbiased():
+    """Weighted sums over what was drawn average to the plain sum; without weights they would favour the hard tokens."""
+    torch.manual_seed(0)
+    score, loss = torch.tensor([[4.0, 2, 1, 1, 0.5, 0.1]]).repeat(40000, 1), torch.tensor([[3.0, 1, 2, 0.5, 4, 1]]).repeat(40000, 1)
+    real = torch.ones_like(score, dtype=torch.bool)
+    real[:, 5] = False
+    keep, weight = keep_sampled(score, real, 3)
+    drawn = (weight * loss.gather(1, keep)).sum(dim=1)
+    assert abs(drawn.mean().item() - 10.5) < 4 * drawn.std().item() / 200  # 3 + 1 + 2 + 0.5 + 4, without the padding
+    assert (keep[:, 1:] > keep[:, :-1]).all() and (keep < 5).all() and (weight >= 1).all()
+    assert (keep == 0).any(dim=1).float().mean() > 0.9 > 0.5 > (keep == 4).any(dim=1).float().mean()
+    everything, ones = keep_sampled(score[:2], real[:2], 6)
+    assert everything.tolist() == [list(range(6))] * 2 and (ones == 1).all()
 
 
 # ----------------------------------------------------------------------------------------------------------------------

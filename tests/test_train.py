@@ -731,23 +731,24 @@ def test_two_processes_are_one(letters, tmp_path):
 
 def observe(out, data, flags):
     """What one run did: {"weights", "order" (first tokens of every micro-batch), "shapes", "kinds", "lr", "losses", ...}."""
-    saved, shapes, order = [], [], []
+    saved, shapes, order, kept = [], [], [], []
     save, forward = train.save_checkpoint, GateVLM.forward
 
     def saving(path, checkpoint):
         saved.append((os.path.basename(path), checkpoint["now"]["step"]))
         save(path, checkpoint)
 
-    def looking(self, idx, targets=None, image=None, return_gates=False):
+    def looking(self, idx, targets=None, image=None, keep=None, **rest):
         shapes.append(tuple(idx.shape))
         order.append(idx[0, :6].tolist())
-        return forward(self, idx, targets, image, return_gates)
+        kept.append(None if keep is None else keep.size(1))
+        return forward(self, idx, targets, image, keep, **rest)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train, "save_checkpoint", saving)
         patch.setattr(GateVLM, "forward", looking)
         summary = run(out, data, f"--curriculum TC --max_steps 5 --eval_interval 2 --save_interval 2 --dropout 0.1 {flags}")
     lines = steps(out)
-    return {"weights": state(out)["model"], "order": order, "shapes": shapes, "kinds": [line["kind"] for line in lines],
+    return {"weights": state(out)["model"], "order": order, "shapes": shapes, "k": kept, "kinds": [line["kind"] for line in lines],
             "lr": [line["lr"] for line in lines], "first loss": lines[0]["loss"], "logged at": [line["step"] for line in lines],
             "evaluations": [(line["step"], line["val_loss_caption"]) for line in log(out) if "val_loss_caption" in line],
             "saved": [step for name, step in saved if name == "last.pt"], "kept": [step for name, step in saved if name.startswith("step_")],
@@ -755,6 +756,8 @@ def observe(out, data, flags):
             "folder": read(os.path.join(out, "config.json"))["train"]["out"], "finished": summary is not None}
 
 
+ELIDED = "--curriculum C --elide random --elide_warmup 1 --elide_cycle 4 --elide_dense 0"
+REPEATED = "--curriculum CCCCC --batch_tokens 4096 --elide gate --elide_warmup 1 --elide_cycle 4 --elide_dense 0"  # each step is an epoch
 FIELDS = {  # field: (flags, other flags, what must differ, what must not)
     "data": ("--batch_tokens 240", "--batch_tokens 240 --data {letters}", {"order", "weights"}, {"steps", "lr"}),
     "out": ("", "", {"folder"}, {"weights", "order", "lr", "evaluations", "saved"}),
@@ -778,10 +781,21 @@ FIELDS = {  # field: (flags, other flags, what must differ, what must not)
     "eval_tokens": ("", "--eval_tokens 100", {"evaluations"}, {"weights", "saved", "logged at"}),
     "log_interval": ("", "--log_interval 2", {"logged at"}, {"weights", "saved", "evaluations"}),
     "save_interval": ("", "--save_interval 3", {"saved"}, {"weights", "logged at", "evaluations"}),
+    "elide": ("--curriculum C", ELIDED, {"k", "weights"}, {"order", "lr", "first loss"}),
+    "keep_ratio": (ELIDED, f"{ELIDED} --keep_ratio 0.3", {"k", "weights"}, {"order", "lr", "first loss"}),
+    "elide_warmup": (ELIDED, f"{ELIDED} --elide_warmup 3", {"k", "weights"}, {"order", "lr", "first loss"}),
+    "elide_cycle": (f"{ELIDED} --elide_dense 1", f"{ELIDED} --elide_dense 1 --elide_cycle 2", {"k", "weights"}, {"order", "lr", "first loss"}),
+    "elide_dense": (ELIDED, f"{ELIDED} --elide_dense 1", {"k", "weights"}, {"order", "lr", "first loss"}),
+    "elide_lambda": (REPEATED, f"{REPEATED} --elide_lambda 30", {"weights"}, {"k", "order", "first loss"}),
+    "elide_beta": (REPEATED, f"{REPEATED} --elide_beta 0.1", {"weights"}, {"k", "order", "first loss"}),
+    "elide_tail": (ELIDED, f"{ELIDED} --elide_tail 0.5", {"k", "weights"}, {"order", "lr", "first loss"}),
+    "elide_text": (f"{ELIDED} --curriculum T", f"{ELIDED} --curriculum T --elide_text", {"k", "weights"}, {"order", "lr", "first loss"}),
+    "elide_visible": (ELIDED, f"{ELIDED} --elide_visible", {"weights"}, {"k", "order", "lr", "first loss"}),
     "keep_checkpoints": ("", "--keep_checkpoints", {"kept"}, {"weights", "saved", "evaluations", "logged at"}),
     "stop_after": ("", "--stop_after 3", {"finished", "steps", "weights"}, {"first loss"}),
 }
 ON_CUDA = {"device", "autocast", "compile"}  # the test below this one
+ELSEWHERE = {"teacher"}  # test_elision.py
 
 
 @pytest.fixture(scope="module")
@@ -805,7 +819,7 @@ def test_every_field_changes_what_it_should_and_nothing_else(field, observed):
 
 
 def test_no_field_is_forgotten():
-    assert set(FIELDS) | ON_CUDA == {f.name for f in fields(TrainConfig)}
+    assert set(FIELDS) | ON_CUDA | ELSEWHERE == {f.name for f in fields(TrainConfig)}
 
 
 def test_weight_decay_by_hand(toy, tmp_path):
