@@ -18,8 +18,8 @@ import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from tqdm import tqdm
 
-from gatevlm import InputError, load_checkpoint, load_model
-from prepare_data import Data, load_meta, load_npy, load_tokenizer, make_encoder, open_picture, read_json, read_lines, unpatch, write_json
+from gatevlm import InputError, load_checkpoint, load_model, pick_device
+from prepare_data import Data, check_same_tokenizer, load_meta, load_npy, load_tokenizer, make_encoder, open_picture, read_json, read_lines, unpatch, write_json
 
 # the five benchmarks, and the share of items that guessing gets right, in percent
 TASKS = {"blimp": 50.0, "supplement": 50.0, "ewok": 50.0, "winoground": 50.0, "vqa": 12.5}
@@ -57,9 +57,10 @@ def caption_losses(model, data, ids, view="image", batch_tokens=8192, split="val
     model.eval()
     while i < len(order):
         pick = order[i:i + max(1, batch_tokens // int(length[order[i]]))]  # longest first, so that little is padding
-        idx, targets, image = (torch.from_numpy(x).to(device) for x in data.caption_batch(split, ids[pick], block, rows[pick]))
-        seen = image if view != "none" and model.config.n_image_token else None
-        loss, gate = (x.cpu().numpy() for x in model.token_losses(idx, targets, seen))
+        seen = view != "none" and model.config.n_image_token > 0
+        idx, targets, image = (x if x is None else torch.from_numpy(x).to(device)
+                               for x in data.caption_batch(split, ids[pick], block, rows[pick], images=seen))
+        loss, gate = (x.cpu().numpy() for x in model.token_losses(idx, targets, image))
         for j, k in enumerate(pick):
             losses[k], gates[k] = loss[j, :length[k]], gate[:, j, :length[k]]
         i += len(pick)
@@ -68,25 +69,28 @@ def caption_losses(model, data, ids, view="image", batch_tokens=8192, split="val
 
 
 @torch.no_grad()
+def block_losses(model, stream, starts):
+    """Reads the blocks that begin at starts (n,): yields starts (B,) and the losses (B,T) in nats of the tokens after them. The last
+    block may be short."""
+    n, T, device = len(stream) - 1, model.config.block_size, next(model.parameters()).device
+    whole = starts[starts + T <= n]
+    for rows in [whole[i:i + 64] for i in range(0, len(whole), 64)] + [starts[starts + T > n]]:
+        if len(rows):
+            block = torch.from_numpy(stream[rows[:, None] + np.arange(min(T, n - rows[0]) + 1)].astype(np.int64)).to(device)
+            yield rows, model.token_losses(block[:, :-1], block[:, 1:])[0].cpu().numpy()
+
+
 def text_loss(model, data, max_tokens=None):
     """Mean loss in nats per token over the validation text, read in blocks, of which about max_tokens are evenly spread over it;
     None without text."""
-    stream, T, device = data.text["val"], model.config.block_size, next(model.parameters()).device
-    n = len(stream) - 1
+    n, was_training = len(data.text["val"]) - 1, model.training
     if n < 1:
         return None
-    starts = np.arange(0, n, T)[::1 if max_tokens is None else -(-n // max_tokens)]
-    whole = starts[starts + T <= n]
-    was_training, total, count = model.training, 0.0, 0
+    starts = np.arange(0, n, model.config.block_size)[::1 if max_tokens is None else -(-n // max_tokens)]
     model.eval()
-    for rows in [whole[i:i + 64] for i in range(0, len(whole), 64)] + [starts[starts + T > n]]:  # the last block may be short
-        if len(rows):
-            block = stream[rows[:, None] + np.arange(min(T, n - rows[0]) + 1)].astype(np.int64)
-            block = torch.from_numpy(block).to(device)
-            total += model.token_losses(block[:, :-1], block[:, 1:])[0].cpu().double().sum().item()
-            count += block[:, 1:].numel()
+    parts = [(losses.sum(dtype=np.float64), losses.size) for _, losses in block_losses(model, data.text["val"], starts)]
     model.train(was_training)
-    return total / count
+    return float(sum(total for total, _ in parts) / sum(count for _, count in parts))
 
 
 def spread_ids(data, max_tokens, block_size):
@@ -282,7 +286,9 @@ def accuracies(task, items, scores):
     if task == "winoground":
         both = {}  # image_idx -> scores (2 images, 2 captions), both with their own caption first
         for item, each in zip(items, scores):
-            both.setdefault(item["image"][0], {})[item["image"][1]] = each
+            if item["image"][1] in both.setdefault(item["image"][0], {}):
+                raise InputError(f"{item['where']}: image_{item['image'][1]} of image_idx {item['image'][0]} a second time")
+            both[item["image"][0]][item["image"][1]] = each
         full = np.array([[pair[0], pair[1]] for pair in both.values() if len(pair) == 2])  # (n, image, own caption or the other's)
         if len(full):
             text = (full[:, :, 0] > full[:, :, 1]).all(axis=1)
@@ -407,12 +413,15 @@ def least_squares(columns, y):
 # ----------------------------------------------------------------------------------------------------------------------
 # what the gate learned
 
+OURS = ("caption", "position", "token", "starts_word", "word", "class", "tag", "gate", "loss")  # columns of gates.csv besides the norms
+
+
 def read_table(path):
     """A tab-separated file with a header whose first column is the word: {word: {column: text}}."""
     lines, table = read_lines(path), {}
     _, header = next(lines, (0, ""))
     names = header.split("\t")
-    if names[0] != "word" or len(names) < 2:
+    if names[0] != "word" or len(names) < 2 or len(set(names)) < len(names):
         raise InputError(f"{path}, line 1: expected a header 'word<TAB>column...', found {header!r:.60}")
     for number, line in lines:
         values = line.split("\t")
@@ -430,7 +439,17 @@ def read_norms(path):
             table[word] = {name: float(value) for name, value in row.items() if value.lower() not in ("", "na", "nan")}
         except ValueError as error:
             raise InputError(f"{path}, word {word!r}: expected numbers or empty cells ({error})") from error
+        if not all(map(math.isfinite, table[word].values())) or any(name.startswith(OURS) for name in row):
+            raise InputError(f"{path}, word {word!r}: expected finite numbers or empty cells, and columns not called {', '.join(OURS)}")
     return table
+
+
+def read_upos(path):
+    """{word: part of speech} of a table with a column upos."""
+    table = read_table(path)
+    if not all("upos" in row for row in table.values()):
+        raise InputError(f"{path}, line 1: expected a column upos")
+    return {word: row["upos"] for word, row in table.items()}
 
 
 def gate_table(model, data, upos=None, norms=None):
@@ -445,7 +464,7 @@ def gate_table(model, data, upos=None, norms=None):
     names = list(dict.fromkeys(name for row in norms.values() for name in row))
     losses, gates = caption_losses(model, data, ids)
     for i, loss, gate, dark in zip(ids, losses, gates, caption_losses(model, data, ids, "none")[0]):
-        tokens = data.tokens["val"][data.offset["val"][i]:][:len(loss)]
+        tokens = data.caption("val", i, len(loss))
         for word, first, stop in words_of(tokens, data.encoding):
             word = word.lower()
             about = {"word": word, "class": word_class(word, upos), "tag": upos.get(word, "X") if upos else word_class(word),
@@ -463,10 +482,11 @@ def gate_report(rows, names, last):
     starts = [row for row in rows if row["starts_word"]]
     value = lambda key, some: np.array([row[key] for row in some], dtype=np.float64)
 
-    def groups(kind, least=1):
-        tags = sorted({row[kind] for row in starts})
-        parts = {tag: [row for row in starts if row[kind] == tag] for tag in tags}
-        return {tag: some for tag, some in parts.items() if len(some) >= least}
+    def groups(kind):
+        parts = {}
+        for row in starts:
+            parts.setdefault(row[kind], []).append(row)
+        return dict(sorted(parts.items()))
 
     def describe(some):
         gate = value("gate", some)
@@ -484,7 +504,7 @@ def gate_report(rows, names, last):
         for unit, some in ("tokens", starts), ("words", words):
             some = [row for row in some if row[name] is not None]
             result["spearman"].setdefault(name, {})[unit] = spearman(value(name, some), value("gate", some))
-    predictors = {"class": "class"} | {short: name for short in ("concreteness", "frequency") for name in names if short in name}
+    predictors = {"class": "class"} | {short: name for short in ("concreteness", "frequency") for name in reversed(names) if short in name}
     some = [row for row in words if row["class"] != "other" and all(row[name] is not None for name in predictors.values())]
     result["regression"] = regress(some, predictors)
 
@@ -529,8 +549,7 @@ def report(model, data, upos=None):
     by_class, upos = {"function": [], "content": []}, upos or data.meta.get("upos")
     layers = looking(model)
     for i, loss, gate in zip(ids, losses, gates):
-        start = data.offset["val"][i]
-        for word, position, _ in words_of(data.tokens["val"][start:start + len(loss)], data.encoding):
+        for word, position, _ in words_of(data.caption("val", i, len(loss)), data.encoding):
             kind = word_class(word, upos)
             if kind in by_class:
                 by_class[kind].append((gate[layers, position].mean() if layers else np.nan, loss[position]))
@@ -579,13 +598,14 @@ def draw_gates(path, words, gates, picture=None, title="", kept=None):
     canvas.save(path)
 
 
-def draw_curves(path, series, title, xlabel, floors=()):
-    """Lines {label: [(x, y)]} with their labels at the right end, and horizontal dashed floors [(label, y)]."""
+def draw_curves(path, series, title, xlabel, floors=(), top=1.0):
+    """Lines {label: [(x, y)]} with their labels at the right end, and horizontal dashed floors [(label, y)]. Points above the
+    quantile top are cut: the first steps of a loss would flatten all the rest."""
     points = [p for line in series.values() for p in line]
     if not points:
         return
     xs, ys = [p[0] for p in points], [p[1] for p in points] + [y for _, y in floors]
-    x0, x1, y0, y1 = min(xs), max(max(xs), min(xs) + 1), min(ys), np.quantile(ys, 0.95)  # the first steps may leave the picture
+    x0, x1, y0, y1 = min(xs), max(max(xs), min(xs) + 1), min(ys), np.quantile(ys, top)
     y0, y1 = y0 - 0.05 * (y1 - y0), y1 + 0.05 * (y1 - y0) + 1e-9
     box = (70, 50, 760, 430)
     px = lambda x, y: (box[0] + (x - x0) / (x1 - x0) * (box[2] - box[0]), box[3] - (min(y, y1) - y0) / (y1 - y0) * (box[3] - box[1]))
@@ -603,9 +623,12 @@ def draw_curves(path, series, title, xlabel, floors=()):
         for x in range(box[0], box[2], 12):
             draw.line((x, px(x0, y)[1], x + 6, px(x0, y)[1]), INK)
         labels.append((px(x0, y)[1], f"{label} {y:.3f}", INK))
-    for color, (label, line) in zip(LINES, series.items()):
+    for i, (color, (label, line)) in enumerate(zip(LINES, series.items())):
         if line:
             draw.line([px(*p) for p in line], color, 2)
+            for x, y in (px(*p) for p in line[::max(1, len(line) // 12)]):  # dots, rings, bars, ...: to tell the lines apart without color
+                shape = [(x - 4, y - 4, x + 4, y + 4), (x - 4, y - 4, x + 4, y + 4), (x - 1, y - 6, x + 1, y + 6), (x - 6, y - 1, x + 6, y + 1), (x - 4, y - 4, x + 4, y + 4)][i]
+                (draw.ellipse if i < 2 else draw.rectangle)(shape, PAPER if i in (1, 4) else color, color)
             labels.append((px(*line[-1])[1], f"{label} {line[-1][1]:.3f}", color))
     last = -100
     for y, label, color in sorted(labels):
@@ -644,20 +667,21 @@ def picture_of(data, row):
     return open_picture(names[row]) if names and os.path.isfile(names[row]) else None
 
 
-def gate_picture(path, model, data, caption=None):
-    """Draw the gates (mean of the layers that look) of one validation caption; the wordiest of the first hundred when None."""
-    layers, n = looking(model), len(data.lengths("val", 1))
-    if not layers or not n:
+def gate_picture(path, model, data, caption=None, split="val", keep=None, title=""):
+    """Draw the gates (mean of the layers that look) of one caption, the wordiest of the first hundred when None; with keep, the
+    positions that token elision runs, words without one are struck out."""
+    layers, length = looking(model), data.lengths(split, model.config.block_size)
+    if not layers or not len(length):
         return None
     if caption is None:
-        caption = int(np.argmax(data.lengths("val", model.config.block_size)[:100]))
-    if not 0 <= caption < n:
-        raise InputError(f"--caption {caption}: the validation set has captions 0 to {n - 1}")
-    _, (gate,) = caption_losses(model, data, np.array([caption]))
-    start = data.offset["val"][caption]
-    words = words_of(data.tokens["val"][start:start + gate.shape[1]], data.encoding)
-    draw_gates(path, [w for w, _, _ in words], [gate[layers, p].mean() for _, p, _ in words],
-               picture_of(data, data.image_row["val"][caption]), "how much each word looks at the picture (1 - gate)")
+        caption = int(np.argmax(length[:100]))
+    if not 0 <= caption < len(length):
+        raise InputError(f"--caption {caption}: the validation set has captions 0 to {len(length) - 1}")
+    _, (gate,) = caption_losses(model, data, np.array([caption]), split=split)
+    words = words_of(data.caption(split, caption, model.config.block_size), data.encoding)
+    draw_gates(path, [word for word, _, _ in words], [gate[layers, first].mean() for _, first, _ in words],
+               picture_of(data, data.image_row[split][caption]), f"how much each word looks at the picture (1 - gate){title}",
+               None if keep is None else [bool(set(range(first, stop)) & set(keep)) for _, first, stop in words])
     return path
 
 
@@ -674,9 +698,9 @@ def print_table(rows):
 
 def fold_seeds(runs):
     """{run: (config, {column: number})} -> rows (name, n, {column: (mean, std or None)}); runs that differ only in seed are one."""
-    groups = {}
+    groups, aside = {}, ("seed", "out", "device", "compile", "log_interval", "save_interval", "stop_after", "keep_checkpoints")
     for name, (config, numbers) in runs.items():
-        same = {part: {key: value for key, value in config[part].items() if key not in ("seed", "out")} for part in ("train", "model")}
+        same = {part: {key: value for key, value in config[part].items() if key not in aside} for part in ("train", "model")}
         groups.setdefault(json.dumps(same, sort_keys=True), []).append((name, numbers))
     rows = []
     for members in groups.values():
@@ -702,12 +726,16 @@ def score_checkpoints(run, data, root, tasks, protocol, device):
     """Every checkpoint that train.py --keep_checkpoints left: rows {step, epoch, kind, ends_epoch, losses and accuracies}."""
     rows = []
     for path in sorted(glob.glob(os.path.join(glob.escape(run), "checkpoints", "step_*.pt"))):
-        now, model = load_checkpoint(path)["now"], load_model(run, os.path.join("checkpoints", os.path.basename(path)), device)
-        results, _, _ = benchmark(model, data.encoding, root, tasks, protocol)
+        now, model = load_checkpoint(path).get("now", {}), load_model(run, os.path.join("checkpoints", os.path.basename(path)), device)
+        results, _, missing = benchmark(model, data.encoding, root, tasks, protocol)
+        if not {"step", "epoch", "kind", "ends_epoch"} <= set(now):
+            raise InputError(f"{path}: not a checkpoint of --keep_checkpoints")
         rows.append({**{key: now[key] for key in ("step", "epoch", "kind", "ends_epoch")}, **validate(model, data, 50000),
                      **{task: result["mean"] for task, result in results.items()}})
     if not rows:
         raise InputError(f"{run}: no checkpoints/step_*.pt; train with --keep_checkpoints")
+    for line in missing:
+        print(line)
     return rows
 
 
@@ -762,7 +790,7 @@ def show_gates(run, model, data, upos, norms):
     p = lambda x: "" if x is None else f"{x:.2g}"
     print()
     print_table([["gate (1 language, 0 vision)", "words", "mean", "sd", "last layer"]]
-                + [[tag, x["n"], x["mean"], x["sd"], x["last_layer"]] for group in (tags, found["by_class"].items()) for tag, x in group])
+                + [[tag, x["n"], x["mean"], x["sd"], x["last_layer"]] for group in (tags, found["by_class"].items() if "content" not in found["by_tag"] else ()) for tag, x in group])
     for name, test in found["kruskal_wallis"].items():
         if test and test["H"] is not None:
             print(f"Kruskal-Wallis over parts of speech, {name.replace('_', ' ')}: H {test['H']:.1f}, df {test['df']}, p {p(test['p'])}")
@@ -777,7 +805,7 @@ def show_gates(run, model, data, upos, norms):
         print(f"{title.replace('_', ' ')} words: " + ", ".join(f"{word} {gate:.2f}" for gate, word, _ in found[title]))
     agree = found["papers_agree"]
     if agree["rho"] is not None:
-        print(f"do the papers agree? Spearman of 1 - gate with the loss that the image saves: rho {agree['rho']:.3f}, p {p(agree['p'])}, {agree['n']:,} tokens")
+        print(f"do the papers agree? Spearman of 1 - gate with the loss that the image saves: rho {agree['rho']:.3f}, {agree['n']:,} tokens")
     if found["collapsed"]:
         print(f"WARNING: the gate has collapsed: its standard deviation over words is {found['spread']:.4f}")
 
@@ -838,7 +866,7 @@ def make_parser():
     parser.add_argument("--checkpoints", action="store_true", help="score every checkpoint of a run trained with --keep_checkpoints")
     parser.add_argument("--image", default="", metavar="FILE", help="caption this picture instead")
     parser.add_argument("--prompt", default="", help="how the caption of --image begins")
-    parser.add_argument("--device", default="cpu", help="cpu, cuda or mps (default: %(default)s)")
+    parser.add_argument("--device", default="auto", help="cpu, cuda, mps, or auto for the best there is (default: %(default)s)")
 
     def error(message):
         raise InputError(message)
@@ -846,47 +874,65 @@ def make_parser():
     return parser
 
 
+def read_run(run):
+    """config.json of a run folder and, where training has ended, summary.json (otherwise {})."""
+    path, told = os.path.join(run, "config.json"), os.path.join(run, "summary.json")
+    config, summary = read_json(path), read_json(told) if os.path.isfile(told) else {}
+    parts = [config.get("train"), config.get("model")] if isinstance(config, dict) else [None]
+    if not all(isinstance(part, dict) for part in (*parts, summary)) or not isinstance(parts[0].get("data"), str):
+        raise InputError(f"{path}: not the config.json of a run, or its summary.json is damaged")
+    return config, {key: value for key, value in summary.items() if type(value) in (int, float)}
+
+
+def open_data(run, config):
+    """The data a run was trained on; InputError when the folder holds other data by now."""
+    data = Data(config["train"]["data"])
+    check_same_tokenizer(run, data)
+    return data
+
+
 def main(argv=None):
-    """Score runs; returns {run: results}. One run: also its losses, gates and pictures, written into its folder."""
+    """Score runs and write results.json, predictions.json and pictures into their folders; of a single run also print its losses and
+    what its gate learned. Returns {run: results}, or None where other things were asked for."""
     args = make_parser().parse_args(argv)
-    tasks, first = list(dict.fromkeys(args.tasks.split(","))), args.run[0]
+    tasks, device = list(dict.fromkeys(args.tasks.split(","))), pick_device(args.device)
     for task in tasks:
         if task not in TASKS:
             raise InputError(f"--tasks {task}: expected some of {', '.join(TASKS)}")
     if len(args.run) > 1 and (args.image or args.checkpoints or args.caption is not None):
         raise InputError("--image, --checkpoints and --caption take one run")
+    names = [os.path.normpath(run) for run in dict.fromkeys(args.run)]
+    runs = {run: (*read_run(run), load_model(run, device=device), load_tokenizer(run)) for run in names}  # before anything is scored
+    root_of = lambda config: args.babylm_eval or os.path.join(config["train"]["data"], "evaluation_data", "full_eval")
+    config, _, model, _ = runs[names[0]]
     if args.image:
-        return show_picture(first, load_model(first, device=args.device), args.image, args.prompt)
-    upos = {word: row.get("upos") for word, row in read_table(args.upos).items()} if args.upos else None
+        return show_picture(names[0], model, args.image, args.prompt)
+    if args.checkpoints:
+        return show_checkpoints(names[0], open_data(names[0], config), root_of(config), tasks, args.protocol, device)
+    upos = read_upos(args.upos) if args.upos else None
     norms = read_norms(args.norms) if args.norms else None
-    every, table = {}, {}
-    for run in dict.fromkeys(os.path.normpath(run) for run in args.run):
-        config = read_json(os.path.join(run, "config.json"))
-        root = args.babylm_eval or os.path.join(config["train"]["data"], "evaluation_data", "full_eval")
-        if args.checkpoints:
-            return show_checkpoints(run, Data(config["train"]["data"]), root, tasks, args.protocol, args.device)
-        model = load_model(run, device=args.device)
-        results, predictions, missing = benchmark(model, load_tokenizer(run), root, tasks, args.protocol)
+    every, table, year = {}, {}, "" if args.protocol == "2025" else f"_{args.protocol}"
+    for run, (config, summary, model, encoding) in runs.items():
+        results, predictions, missing = benchmark(model, encoding, root_of(config), tasks, args.protocol)
         every[run] = results
         for line in missing:
             print(f"{run}: {line}")
         if args.babylm_eval and not results:
-            raise InputError(f"{root}: none of {args.tasks} is there; expected an evaluation_data/full_eval folder")
-        write_json(os.path.join(run, "results.json"), results)
-        write_json(os.path.join(run, "predictions.json"), predictions)
-        numbers = {}
-        for task, r in results.items():
-            numbers |= {task: r["mean"]} | ({f"{task} blind": r["mean_no_image"]} if task in WITH_IMAGE else {})
-        numbers["mean"] = float(np.mean([r["mean"] for r in results.values()])) if results else None
-        path = os.path.join(run, "summary.json")
-        summary = read_json(path) if os.path.isfile(path) else {}
-        numbers |= {column: summary.get(key) for column, key in (("caption loss", "val_loss_caption"), ("text loss", "val_loss_text"), ("captured", "visual_information_captured"))}
+            raise InputError(f"{args.babylm_eval}: none of {args.tasks} is there; expected an evaluation_data/full_eval folder")
+        write_json(os.path.join(run, f"results{year}.json"), results)
+        write_json(os.path.join(run, f"predictions{year}.json"), predictions)
+        numbers = {name: value for task, r in results.items() for name, value in ((task, r["mean"]), (f"{task} blind", r.get("mean_no_image")))}
+        numbers |= {"mean": float(np.mean([r["mean"] for r in results.values()])) if results else None}
+        numbers |= {"caption loss": summary.get("val_loss_caption"), "text loss": summary.get("val_loss_text"), "captured": summary.get("visual_information_captured")}
         table[run] = config, numbers
-    if len(table) > 1:
+    if len(runs) > 1:
+        if len({tuple(results) for results in every.values()}) > 1:
+            for _, numbers in table.values():
+                del numbers["mean"]  # means over different tasks do not compare
         print_runs(fold_seeds(table))
         return every
     show_benchmarks(run, results, args.paradigms)
-    data = Data(config["train"]["data"])
+    data = open_data(run, config)
     print()
     for name, value in report(model, data, upos).items():
         print(f"{name:32} {value if not isinstance(value, float) else f'{value:.4f}'}")

@@ -8,7 +8,7 @@ The model of *Looking to Learn* (Ganescu, Salhan, Caines, Buttery; arXiv 2510.08
   5. clip_loss, lcg_loss the two contrastive losses that can be added in training
   6. keep_best, ...      which tokens are worth running: the selection of *ReGATE* (Li, Kulkarni, Fazli; arXiv 2507.21420)
   7. GateVLM             embeddings, blocks, tied head, loss; generate() with a key-value cache
-  8. save and load       a run folder -> a model, in one call
+  8. pick_device, save and load: a run folder -> a model, in one call
 
 Letters in shape comments: B batch, T text positions, K image tokens, D width (n_embd), V vocabulary, nh heads, hs head size.
 """
@@ -322,7 +322,7 @@ class GateVLM(nn.Module):
         self.register_buffer("gate_temperature", torch.tensor(1.0))
         if config.contrastive != "none":
             self.log_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
-        self.loss_parts = {}  # what the last loss was made of, detached: {"language": ..., "contrastive": ...}
+        self.loss_parts = {}  # what the last loss was made of, detached: {"language": ..., "tokens": (N,), "contrastive": ...}
         self.apply(self._init_weights)
 
     def _init_weights(self, module):
@@ -379,6 +379,8 @@ class GateVLM(nn.Module):
         (None, mean loss in nats); with return_gates also gates (n_layer,B,T). In training the contrastive term is added.
         keep (B,k), ascending: only these positions are run, as if the others were not in the text, and every T above is k.
         weight (B,k or T): the loss is the sum of weight * loss instead of the mean."""
+        if idx.size(1) > self.config.block_size:
+            raise InputError(f"a text of {idx.size(1)} tokens does not fit block_size {self.config.block_size}")
         if keep is not None:
             whole = idx
             idx, targets = idx.gather(1, keep), None if targets is None else targets.gather(1, keep)  # (B, k)
@@ -470,7 +472,21 @@ class GateVLM(nn.Module):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# 8. save and load
+# 8. devices, save and load
+
+def pick_device(wanted, local_rank=0):
+    """torch.device of "cpu", "cuda", "mps" or "auto" (the best there is); InputError when it is not there."""
+    if wanted == "auto":
+        wanted = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(wanted, local_rank) if wanted == "cuda" else torch.device(wanted)
+        torch.zeros(1, device=device)
+        if wanted == "cuda":
+            torch.cuda.set_device(device)
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"device {wanted} is not there: {str(error).splitlines()[0]}") from error
+    return device
+
 
 def save_checkpoint(path, checkpoint):
     """Write a dict of plain values and tensors; a crash leaves the old file or the new one, never half of one."""
@@ -498,7 +514,7 @@ def load_checkpoint(path, device="cpu"):
 def load_model(run, checkpoint="best.pt", device="cpu"):
     """The model of a run folder, in eval mode: load_model("out/toy")."""
     path = os.path.join(run, checkpoint)
-    state = load_checkpoint(path, device)
+    state = load_checkpoint(path)  # on the CPU: it may hold more than the model
     try:
         model = GateVLM(GateVLMConfig(**state["model_config"])).to(device)
         model.load_state_dict(state["model"])

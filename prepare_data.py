@@ -274,6 +274,13 @@ def load_tokenizer(folder):
     return tiktoken.Encoding("gatevlm", pat_str=meta["pattern"], mergeable_ranks=ranks, special_tokens=meta["special"])
 
 
+def check_same_tokenizer(run, data):
+    """InputError unless the run folder was trained with the tokenizer of this data."""
+    a, b = (sha256(os.path.join(folder, "tokenizer.tiktoken")) for folder in (run, data.folder))
+    if a != b or load_meta(run)["tokenizer"] != data.meta["tokenizer"]:
+        raise InputError(f"{run} has another tokenizer than {data.folder}: it was trained on other data")
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # 3. images -> features (n_image_token, image_dim)
 
@@ -639,8 +646,12 @@ class Data:
         """Tokens of captions ids (all of them by default) with their <eot>, cut to block_size: (n,)."""
         return np.minimum(self.offset[split][1:][ids] - self.offset[split][:-1][ids], block_size)
 
-    def caption_batch(self, split, ids, block_size, image_rows=None, multiple=1):
-        """Captions ids -> idx (B,T), targets (B,T) with -1 after the end, image (B,K,image_dim) float32; T is padded to a multiple."""
+    def caption(self, split, i, block_size):
+        """Token ids of one caption with its <eot>, cut to block_size."""
+        return self.tokens[split][self.offset[split][i]:self.offset[split][i + 1]][:block_size]
+
+    def caption_batch(self, split, ids, block_size, image_rows=None, multiple=1, images=True):
+        """Captions ids -> idx (B,T), targets (B,T) with -1 after the end, image (B,K,image_dim) float32 or None; T is padded to a multiple."""
         length = self.lengths(split, block_size, ids)
         T = min(-(-length.max() // multiple) * multiple, block_size)
         targets = np.full((len(ids), T), -1)
@@ -649,7 +660,7 @@ class Data:
         idx = np.full_like(targets, self.eot)  # a caption starts after <eot>; padding holds it too, to the right of all that counts
         idx[:, 1:] = np.where(targets[:, :-1] == -1, self.eot, targets[:, :-1])
         rows = self.image_row[split][ids] if image_rows is None else image_rows
-        return idx, targets, self.image[rows].astype(np.float32)
+        return idx, targets, self.image[rows].astype(np.float32) if images else None
 
 
 # ----------------------------------------------------------------------------------------------------------------------

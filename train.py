@@ -15,6 +15,7 @@ import sys
 import time
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields
+from datetime import timedelta
 
 import numpy as np
 import torch
@@ -24,7 +25,7 @@ from tqdm import tqdm
 
 import eval as evaluation
 import prepare_data
-from gatevlm import GateVLM, GateVLMConfig, InputError, check_fields, keep_best, keep_sampled, load_checkpoint, load_model, option, save_checkpoint
+from gatevlm import GateVLM, GateVLMConfig, InputError, check_fields, keep_best, keep_sampled, load_checkpoint, load_model, option, pick_device, save_checkpoint
 
 # ----------------------------------------------------------------------------------------------------------------------
 # configuration
@@ -204,9 +205,8 @@ def load_batch(batch, config, model_config, data, device):
         block = data.text["train"][rows[:, None] + np.arange(model_config.block_size + 1)].astype(np.int64)  # (B, T + 1)
         idx, targets, image = block[:, :-1], block[:, 1:], None
     else:
-        idx, targets, image = data.caption_batch("train", rows, model_config.block_size, multiple=config.length_multiple)
-    if not model_config.n_image_token:
-        image = None
+        idx, targets, image = data.caption_batch("train", rows, model_config.block_size, multiple=config.length_multiple,
+                                                 images=model_config.n_image_token > 0)
     return [None if x is None else torch.from_numpy(np.ascontiguousarray(x)).to(device, non_blocking=True) for x in (idx, targets, image)]
 
 
@@ -233,7 +233,7 @@ def learning_rate(step, config, n_step):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# token elision (ReGATE, section 3): run only the tokens that matter
+# token elision (ReGATE): run only the tokens that matter
 
 CHUNK = 2000  # captions or text blocks between two writes of the reference losses
 
@@ -241,9 +241,7 @@ CHUNK = 2000  # captions or text blocks between two writes of the reference loss
 def load_teacher(run, data, device="cpu"):
     """The text-only model of a run folder; InputError when it cannot judge the tokens of this data."""
     model = load_model(run, device=device)
-    files = [os.path.join(folder, "tokenizer.tiktoken") for folder in (run, data.folder)]
-    if len({prepare_data.sha256(path) for path in files}) > 1 or prepare_data.load_meta(run)["tokenizer"] != data.meta["tokenizer"]:
-        raise InputError(f"--teacher {run} has another tokenizer than {data.folder}; train it on the same data")
+    prepare_data.check_same_tokenizer(run, data)
     if model.config.n_image_token:
         raise InputError(f"--teacher {run} has image tokens; expected a text-only model, trained with --no-images")
     return model
@@ -258,28 +256,33 @@ def reference_losses(run, data, kind, device):
     path = os.path.join(data.folder, f"reference_{source.removesuffix('.bin')}_{key}.npy")
     if os.path.exists(path):
         return prepare_data.load_npy(path)
-    part, n = f"{path}.part", len(data.tokens["train"] if kind == "C" else data.text["train"])
+    part, stream = f"{path}.part", data.tokens["train"] if kind == "C" else data.text["train"]
+    if not len(stream):
+        return np.zeros(0, np.float16)
     if not os.path.exists(part):
-        np.lib.format.open_memmap(part, "w+", np.float16, (n,))[:] = np.nan
+        np.save(f"{part}.npy", np.full(stream.shape, np.nan, np.float16))  # not a number: not computed yet
+        os.replace(f"{part}.npy", part)
+    prepare_data.load_npy(part)  # refuses a file that was cut short
     losses = np.lib.format.open_memmap(part, "r+")
-    spans = data.offset["train"][:-1:CHUNK] if kind == "C" else np.arange(0, n, CHUNK * T)
-    spans = np.unique(np.append(spans, n))  # chunks of captions, or of text blocks
-    for i, (start, stop) in enumerate(tqdm(list(zip(spans[:-1], spans[1:])), desc=f"reference losses of {source}", disable=None, leave=False)):
+    if kind == "T":
+        losses[0] = 0  # nothing stands before it
+    first = data.offset["train"][:-1:CHUNK] if kind == "C" else np.arange(1, len(stream), CHUNK * T)
+    for i, (start, stop) in enumerate(zip(tqdm(first, desc=f"reference losses of {source}", disable=None, leave=False), [*first[1:], len(stream)])):
         if not np.isnan(losses[stop - 1]):
             continue  # done before the last interruption
         chunk = np.zeros(stop - start, np.float16)  # what does not fit the teacher's block has no reference
         if kind == "C":
             ids = np.arange(i * CHUNK, min((i + 1) * CHUNK, len(data.offset["train"]) - 1))
-            for first, loss in zip(data.offset["train"][ids] - start, evaluation.caption_losses(model, data, ids, "none", split="train")[0]):
-                chunk[first:first + len(loss)] = loss
-        else:
-            for first in range(start, stop, T):  # a block predicts the tokens after its first
-                block = torch.from_numpy(data.text["train"][max(0, first - 1):min(first + T, stop)].astype(np.int64))[None].to(device)
-                with torch.no_grad():
-                    chunk[first - start + (first == 0):][:block.size(1) - 1] = model.token_losses(block[:, :-1], block[:, 1:])[0][0].cpu().numpy()
+            for at, loss in zip(data.offset["train"][ids] - start, evaluation.caption_losses(model, data, ids, "none", split="train")[0]):
+                chunk[at:at + len(loss)] = loss
+        else:  # a block predicts the tokens after its start
+            for starts, loss in evaluation.block_losses(model, stream, np.arange(start - 1, stop - 1, T)):
+                for at, row in zip(starts + 1 - start, loss):
+                    chunk[at:at + len(row)] = row
         losses[start:stop] = chunk
         losses.flush()
-    os.replace(part, path)
+    if not os.path.exists(path):  # another run with this teacher may have been faster
+        os.replace(part, path)
     return prepare_data.load_npy(path)
 
 
@@ -321,7 +324,7 @@ class Elision:
         n = self.count[kind][place]
         m = self.difficulty[kind][place] / (1 - beta ** n).clamp(min=1e-9)  # an average that starts at 0, corrected as in Adam
         # for a token that was never run the teacher's loss stands in; without a teacher it comes first, in an order without meaning
-        m = torch.where(n > 0, m, reference if self.reference else 1000 + place.double() * 0.6180339887498949 % 1)
+        m = torch.where(n > 0, m, reference if self.reference else 1000 + place * 40503 % 65536 / 65536)
         return (m + self.config.elide_lambda * (self.looks[kind][place] if self.looks else reference)).float()
 
     def choose(self, kind, place, real, k):
@@ -337,32 +340,22 @@ class Elision:
         m[place] = beta * m[place] + (1 - beta) * losses
         self.count[kind][place] += 1
         if self.looks:
-            self.looks[kind][place] = looks
+            self.looks[kind][place] = looks.float()
 
     def state(self):
-        return {"difficulty": self.difficulty, "count": self.count, "looks": self.looks}
+        return {"difficulty": self.difficulty, "count": self.count, "looks": self.looks,
+                "teacher": {kind: float(reference.double().sum()) for kind, reference in self.reference.items()}}
 
     def load(self, state):
-        for name, mine in self.state().items():
+        if state["teacher"] != self.state()["teacher"]:
+            raise InputError(f"--teacher {self.config.teacher} is not the one this run was started with: its losses are others")
+        for mine, saved in (self.difficulty, "difficulty"), (self.count, "count"), (self.looks, "looks"):
             for kind in mine:
-                mine[kind].copy_(state[name][kind])
+                mine[kind].copy_(state[saved][kind])
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # the loop
-
-def pick_device(wanted, local_rank):
-    if wanted == "auto":
-        wanted = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    try:
-        device = torch.device(wanted, local_rank) if wanted == "cuda" else torch.device(wanted)
-        torch.zeros(1, device=device)
-        if wanted == "cuda":
-            torch.cuda.set_device(device)
-    except (RuntimeError, AssertionError) as error:
-        raise InputError(f"device {wanted} is not there: {str(error).splitlines()[0]}") from error
-    return device
-
 
 def image_statistics(data):
     """Mean and standard deviation (image_dim,) of the training images, from at most 2,000 of them."""
@@ -398,7 +391,7 @@ def train(config, model_config, data, state=None):
         raw.load_state_dict(state["model"])
         for optimizer, saved in zip(optimizers, state["optimizers"]):
             optimizer.load_state_dict(saved)
-        now = state["now"]
+        now |= state["now"]
     elision = None
     if config.elide != "none":
         if rank:
@@ -445,7 +438,7 @@ def train(config, model_config, data, state=None):
         if main_process:
             save_checkpoint(path(name), {"model": raw.state_dict(), "model_config": asdict(model_config), "config": asdict(config),
                                          "optimizers": [optimizer.state_dict() for optimizer in optimizers], "now": now,
-                                         **({"elision": elision.state()} if elision else {})})
+                                         **({"elision": elision.state()} if elision and name == "last.pt" else {})})
 
     def evaluate():
         """Validation losses into the log; best.pt is kept by the caption loss, or the text loss where no captions are trained."""
@@ -500,8 +493,8 @@ def train(config, model_config, data, state=None):
                     place = target_places(part, targets.size(1), data, device)
                 if sparse:
                     keep, weight = elision.choose(kind, place, targets != -1, min(k, targets.size(1)))
-                    if weight is not None:
-                        weight, share = weight / n_real, share and float(world)
+                    if weight is not None and share:  # the sum over all parts is to be the weighted sum over all captions, per real token
+                        weight = weight * world / (n_real * share)
                     if config.elide == "loss-only":
                         targets, keep = targets.masked_fill(torch.ones_like(targets, dtype=torch.bool).scatter(1, keep, False), -1), None
                 last = micro == config.grad_accum - 1
@@ -514,7 +507,7 @@ def train(config, model_config, data, state=None):
                     targets, place = targets.gather(1, keep), place.gather(1, keep)
                 if elides:
                     real = targets != -1 if share else torch.zeros_like(targets, dtype=torch.bool)
-                    news = place[real], raw.loss_parts["tokens"][:real.sum()], 1 - gates.detach()[looking].mean(dim=0)[real]
+                    news = place[real], raw.loss_parts["tokens"][:real.sum()], 1 - gates.detach()[looking].float().mean(dim=0)[real]
                     for told in [news] if world == 1 else gather(news):
                         elision.update(kind, *told)
                 if "contrastive" in raw.loss_parts:
@@ -581,35 +574,29 @@ def train(config, model_config, data, state=None):
     return now["step"] == n_step
 
 
-def kept_picture(path, model, config, data, state):
-    """A training caption with its gates; struck out what an elided step would drop, by the books of the checkpoint state."""
-    layers = evaluation.looking(model)
+def kept_picture(path, config, data):
+    """A training caption with its gates at the last step; struck out what an elided step would drop."""
+    model, state = load_model(config.out, "last.pt"), load_checkpoint(os.path.join(config.out, "last.pt"))
     caption = int(np.argmax(data.lengths("train", model.config.block_size)[:100]))
     batch = "C", np.array([caption])
-    idx, targets, image = load_batch(batch, config, model.config, data, "cpu")
+    _, targets, _ = load_batch(batch, config, model.config, data, "cpu")
     elision = Elision(config, data, "cpu")
     elision.load(state["elision"])
     torch.manual_seed(config.seed)
-    length = n_target(batch, model.config, data)
-    keep, _ = elision.choose("C", target_places(batch, idx.size(1), data, "cpu"), targets != -1, max(1, round(config.keep_ratio * length)))
-    with torch.no_grad():
-        gates = model.token_losses(idx, targets, image)[1][:, 0].numpy()  # (n_layer, T)
-    words = evaluation.words_of(targets[0, :length].tolist(), data.encoding)
-    evaluation.draw_gates(path, [word for word, _, _ in words], [gates[layers, first].mean() for _, first, _ in words],
-                          evaluation.picture_of(data, data.image_row["train"][caption]), f"1 - gate; struck out: not run ({config.elide}, step {state['now']['step']:,})",
-                          [bool(set(range(first, stop)) & set(keep[0].tolist())) for _, first, stop in words])
+    k = max(1, round(config.keep_ratio * n_target(batch, model.config, data)))
+    keep, _ = elision.choose("C", target_places(batch, targets.size(1), data, "cpu"), targets != -1, k)
+    evaluation.gate_picture(path, model, data, caption, "train", keep[0].tolist(), f", step {state['now']['step']:,}; struck out: dropped by {config.elide}")
 
 
 def finish(config, data):
     """Report on best.pt, pictures, summary.json."""
     path = lambda name: os.path.join(config.out, name)
-    model, state = load_model(config.out), load_checkpoint(path("last.pt"))
-    now = state["now"]
+    model, now = load_model(config.out), load_checkpoint(path("last.pt"))["now"]
     summary = evaluation.report(model, data)
     summary |= {"tokens_seen": now["tokens_seen"], "tokens_processed": now["tokens_processed"],
                 "processed_ratio": now["tokens_processed"] / now["tokens_seen"], "tokens_per_second": round(now["tokens_seen"] / now["seconds"]), "minutes": now["seconds"] / 60,
                 "n_parameter": model.n_parameter(), "step": now["step"], "best_step": now["best_step"]}
-    if config.teacher:
+    if config.elide in WITH_TEACHER:
         known = os.path.join(config.teacher, "summary.json")
         summary |= {"teacher_seconds": prepare_data.read_json(known)["minutes"] * 60 if os.path.exists(known) else None,
                     "reference_seconds": now["reference_seconds"]}
@@ -619,10 +606,10 @@ def finish(config, data):
               for name, key, kind in (("captions, training", "loss", "C"), ("captions, validation", "val_loss_caption", None),
                                       ("text, training", "loss", "T"), ("text, validation", "val_loss_text", None))}
     floors = [(name.replace("_", " "), summary[name]) for name in ("floor_with_image", "floor_text_only") if name in summary]
-    evaluation.draw_curves(path("loss.png"), series, "loss, nats per token", "steps", floors)
+    evaluation.draw_curves(path("loss.png"), series, "loss, nats per token", "steps", floors, top=0.95)
     evaluation.gate_picture(path("gates.png"), model, data)
     if config.elide != "none" and evaluation.looking(model) and len(data.image_row["train"]):
-        kept_picture(path("kept.png"), model, config, data, state)
+        kept_picture(path("kept.png"), config, data)
     for name, value in summary.items():
         print(f"{name:32} {value if not isinstance(value, float) else f'{value:.4f}'}")
     print(f"everything is in {config.out}: summary.json, loss.png, gates.png, log.jsonl, best.pt, last.pt")
@@ -638,8 +625,8 @@ def main(argv=None):
     if state:
         values = state["model_config"] | state["config"]
         for name, value in flags.items():
-            if name not in FREE and value != values[name]:
-                raise InputError(f"--{name} {value}: the run in {out} was started with {values[name]}; only {', '.join(FREE)} may change on --resume")
+            if name not in FREE and value != values.get(name):
+                raise InputError(f"--{name} {value}: the run in {out} was started with {values.get(name)}; only {', '.join(FREE)} may change on --resume")
         values |= flags | {"out": out}
     else:
         values = PRESETS[preset] | flags | {"out": out}
@@ -653,7 +640,7 @@ def main(argv=None):
             raise InputError(f"{out} holds a run already: --resume goes on with it, --out starts another")
     if world > 1:
         on_cuda = pick_device(values.get("device", "auto"), int(os.environ.get("LOCAL_RANK", 0))).type == "cuda"
-        dist.init_process_group("nccl" if on_cuda else "gloo")
+        dist.init_process_group("nccl" if on_cuda else "gloo", timeout=timedelta(hours=4))  # reference losses may take that long
         dist.barrier()  # until the first process has made the data
     data = prepare_data.Data(values["data"])
     config, model_config = make_configs(values, data)

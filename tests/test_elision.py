@@ -195,7 +195,7 @@ def reference_by_hand(teacher, folder, kind):
     if kind == "C":
         spans = [(start, min(stop, start + 32), [data.eot]) for start, stop in zip(data.offset["train"], data.offset["train"][1:])]
     else:  # every block sees the token before it; the first token of the stream has nothing before it and no loss
-        spans = [(max(1, start), min(start + 32, len(stream)), None) for start in range(0, len(stream), 32)]
+        spans = [(start, min(start + 32, len(stream)), None) for start in range(1, len(stream), 32)]
     for start, stop, before in spans:
         ids = (before or [stream[start - 1]]) + stream[start:stop]
         with torch.no_grad():
@@ -327,6 +327,54 @@ def test_gradient_accumulation_is_the_big_batch(letters, teacher, tmp_path, elid
     assert_same_training(tmp_path / "1", tmp_path / "3")
     a, b = (elision_state(tmp_path / name)["difficulty"]["C"] for name in "13")
     torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-3)
+
+
+def test_weighted_losses_add_up_over_micro_batches(toy, toy_teacher, tmp_path, monkeypatch):
+    """Priority sampling: all parts together give the weighted sum over the whole batch, and the contrastive loss counts once."""
+    def everything(score, real, k):  # no noise, so that the parts can be compared: the first k with weight 2
+        return torch.arange(k).repeat(len(score), 1), torch.full((len(score), k), 2.0)
+    monkeypatch.setattr(train, "keep_sampled", everything)
+    totals = []
+    backward = torch.Tensor.backward
+    monkeypatch.setattr(torch.Tensor, "backward", lambda self: totals[-1].append(self.item()) or backward(self))
+    for n in 1, 2:
+        totals.append([])
+        run(tmp_path / str(n), toy, f"--curriculum C --max_steps 1 --elide priority --elide_warmup 0 --elide_dense 0 --teacher {toy_teacher} --grad_accum {n}")
+    assert len(totals[0]) == 1 and len(totals[1]) == 2 and sum(totals[1]) == pytest.approx(totals[0][0], rel=1e-4)
+    line = steps(tmp_path / "1")[0]
+    assert line["loss"] == pytest.approx(totals[0][0], rel=1e-4) and line["loss"] == pytest.approx(2 * line["kept"] * np.log(389), rel=0.1)  # untrained: ln V a token
+    assert steps(tmp_path / "2")[0]["loss"] == pytest.approx(line["loss"], rel=1e-4)
+
+
+def test_books_take_half_precision(toy):
+    """Gates of a bfloat16 forward."""
+    elision = books("gate")
+    elision.update("C", torch.tensor([3]), torch.tensor([4.0]), torch.tensor([0.5], dtype=torch.bfloat16))
+    assert elision.looks["C"][3] == 0.5
+
+
+def test_a_teacher_is_not_needed_and_not_told_of_where_nothing_asks_it(toy, toy_teacher, tmp_path):
+    for elide in "none", "random":
+        summary = run(tmp_path / elide, toy, f"--curriculum C --max_steps 3 --elide {elide} --teacher {toy_teacher}")
+        assert "teacher_seconds" not in summary
+
+
+def test_resume_refuses_another_teacher(toy, toy_teacher, tmp_path):
+    teacher = str(tmp_path / "teacher")
+    shutil.copytree(toy_teacher, teacher)
+    run(tmp_path / "run", toy, f"--curriculum C --teacher {teacher} {SHORT} --stop_after 2")
+    run(tmp_path / "other", toy, "--no-images --curriculum CT --seed 2")
+    shutil.copy(tmp_path / "other" / "best.pt", teacher)
+    with pytest.raises(InputError, match="teacher"):
+        resume(tmp_path / "run")
+
+
+def test_captions_without_any_text(tmp_path, letters, teacher):
+    """--elide_text finds nothing to elide."""
+    folder = str(tmp_path / "data")
+    shutil.copytree(letters, folder)
+    open(os.path.join(folder, "text_train.bin"), "w").close()
+    run(tmp_path / "run", folder, f"--block_size 32 --n_image_token 2 --curriculum C --batch_tokens 240 --elide_text --teacher {teacher} {SHORT}")
 
 
 def test_two_processes_are_one(letters, teacher, tmp_path):

@@ -1049,6 +1049,61 @@ def test_damaged_tables_are_refused(run, tmp_path, text, where):
 # ----------------------------------------------------------------------------------------------------------------------
 # caption any picture
 
+@pytest.mark.parametrize("flag, text, words", [
+    ("--upos", "word\ttag\nred\tADJ\n", "upos"), ("--norms", "word\tconcreteness\nred\tinf\n", "finite"), ("--norms", "word\tgate\nred\t1\n", "called"),
+    ("--norms", "word\ta\ta\nred\t1\t2\n", "header")])
+def test_tables_that_would_give_nonsense_are_refused_before_anything_is_scored(run, tmp_path, flag, text, words, monkeypatch):
+    (tmp_path / "table.tsv").write_text(text)
+    monkeypatch.setattr(evaluation, "benchmark", None)
+    with pytest.raises(InputError, match="table.tsv.*" + words):
+        evaluation.main([run, flag, str(tmp_path / "table.tsv")])
+
+
+@pytest.mark.parametrize("name, text", [("config.json", "{}"), ("config.json", "[]"), ("config.json", '{"train": {"data": 1}, "model": {}}'), ("summary.json", "[1]"),
+                                        ("config.json", "nothing")])
+def test_a_damaged_run_folder_is_refused(few, tmp_path, name, text):
+    out = save_run(tmp_path / "run", few, random_model(few))
+    with open(os.path.join(out, name), "w") as f:
+        f.write(text)
+    with pytest.raises(InputError, match="config.json"):
+        evaluation.main([out, "--tasks", "ewok"])
+
+
+def test_data_that_was_prepared_anew_is_refused(few, tmp_path):
+    """The folder has the same name and another tokenizer: its losses and words would be nonsense."""
+    data = str(tmp_path / "data")
+    shutil.copytree(few, data)
+    out = save_run(tmp_path / "run", data, random_model(data))
+    lines = open(os.path.join(data, "tokenizer.tiktoken")).read().splitlines()
+    with open(os.path.join(data, "tokenizer.tiktoken"), "w") as f:
+        f.write("\n".join(lines[:-1] + [lines[-1].split()[0][:-4] + "AAAA " + lines[-1].split()[1]]) + "\n")
+    with pytest.raises(InputError, match="tokenizer"):
+        evaluation.main([out, "--tasks", "ewok"])
+
+
+def test_an_item_given_twice_is_refused(few, encoding, tmp_path):
+    root = str(tmp_path / "full_eval")
+    shutil.copytree(eval_root(few), root)
+    path = os.path.join(root, "winoground_filtered", "winoground.jsonl")
+    rows = read_rows(path)
+    write_rows(path, rows + rows[:1])
+    with pytest.raises(InputError, match="second time"):
+        evaluation.benchmark(random_model(few), encoding, root, ["winoground"])
+
+
+def test_protocols_have_their_own_files(few, tmp_path):
+    out = save_run(tmp_path / "run", few, random_model(few))
+    for year in "2025", "2024":
+        evaluation.main([out, "--tasks", "blimp", "--protocol", year])
+    assert {"results.json", "predictions.json", "results_2024.json", "predictions_2024.json"} <= set(os.listdir(out))
+
+
+def test_runs_are_opened_before_any_is_scored(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluation, "benchmark", None)
+    with pytest.raises(InputError, match="nowhere"):
+        evaluation.main([run, str(tmp_path / "nowhere")])
+
+
 @pytest.fixture(scope="module")
 def photo(tmp_path_factory):
     """A picture of 16 x 16 pixels, which is its own thumbnail."""
