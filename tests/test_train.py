@@ -1061,7 +1061,7 @@ def test_draw_curves_goes_down_where_the_loss_does(tmp_path):
 
 def test_gate_picture_draws_the_gates_of_its_caption(finished, toy, tmp_path, monkeypatch):
     drawn, model, data = [], load_model(finished.out), prepare_data.Data(toy)
-    monkeypatch.setattr(evaluation, "draw_gates", lambda path, words, gates, picture, title: drawn.append((words, gates, picture)))
+    monkeypatch.setattr(evaluation, "draw_gates", lambda path, words, gates, picture, title, kept: drawn.append((words, gates, picture)))
     evaluation.gate_picture("x.png", model, data, 3)
     evaluation.gate_picture("x.png", model, data)
     rows = captions_by_hand(model, toy)
