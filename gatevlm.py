@@ -201,14 +201,14 @@ class Block(nn.Module):
             if config.modulation != "none":
                 self.condition = nn.Linear(D, 2 * D if config.modulation == "film" else D)
 
-    def forward(self, h, image=None, temperature=None, cache=None, mask=None, keep=None, dropped=None):
+    def forward(self, h, image=None, temperature=None, cache=None, mask=None, embedded=None, keep=None):
         """h (B,T,D), image tokens (B,K,D) or None -> h (B,T,D), gate (B,T): 1 all language, 0 all vision."""
-        if dropped is None:
+        if embedded is None:
             h = h + self.drop(self.attn(self.ln1(h), causal=True, cache=None if cache is None else cache["self"], mask=mask))
-        else:
-            everything = dropped.scatter(1, keep[..., None].expand_as(h), h)
-            visible = torch.arange(dropped.size(1), device=h.device) <= keep[..., None]
-            h = h + self.drop(self.attn(self.ln1(h), memory=self.ln1(everything), mask=visible))
+        else:  # elision with visible tokens: h (B,k,D) also sees what was dropped, as it was embedded (B,T,D)
+            every = embedded.scatter(1, keep[..., None].expand_as(h), h)  # (B, T, D)
+            earlier = torch.arange(every.size(1), device=h.device) <= keep[..., None]  # (B, k, T)
+            h = h + self.drop(self.attn(self.ln1(h), memory=self.ln1(every), mask=earlier))
         gate = h.new_ones(h.shape[:2])  # a layer that does not look is all language
         if image is not None and self.sees_image:
             t = self.ln2(h)
@@ -340,9 +340,14 @@ class GateVLM(nn.Module):
             if self.config.modulation == "film":
                 nn.init.zeros_(module.condition.weight)  # FiLM starts as the identity
 
-    def trunk(self, idx, image=None, cache=None, position=None, mask=None, keep=None):
+    def trunk(self, idx, image=None, cache=None, position=None, mask=None, keep=None, visible=False):
         """Everything below the head: h (B,T,D), gates (n_layer,B,T), pooled image (B,D) or None, block 0's output (B,T,D).
-        Tokens follow each other unless position (B,T) and mask (B,T,T), True where a row may look, arrange them otherwise."""
+        Tokens follow each other unless position (B,T) and mask (B,T,T), True where a row may look, arrange them otherwise. With
+        keep (B,k) only those positions are run, and every T above is k."""
+        if keep is not None and idx.size(1) > self.config.block_size:
+            raise InputError(f"a text of {idx.size(1)} tokens does not fit block_size {self.config.block_size}")
+        if keep is not None and not visible:
+            idx, position = idx.gather(1, keep), keep  # (B, k); each token keeps the position it has in the whole text
         start = 0 if cache is None or not cache[0]["self"] else cache[0]["self"]["key"].size(2)
         B, T = idx.shape
         if position is None and start + T > self.config.block_size:
@@ -352,9 +357,9 @@ class GateVLM(nn.Module):
         if position is None:
             position = torch.arange(start, start + T, device=idx.device)
         h = self.drop(self.token_embedding(idx) + self.position_embedding(position))  # (B, T, D)
-        dropped = None
-        if keep is not None:
-            dropped, h = h, h.gather(1, keep[..., None].expand(-1, -1, h.size(-1)))
+        embedded = None
+        if keep is not None and visible:
+            embedded, h = h, h.gather(1, keep[..., None].expand(-1, -1, h.size(-1)))  # (B, T, D), (B, k, D)
         if image is not None and not self.config.n_image_token:
             raise InputError("this model was trained without images (n_image_token is 0): call it with image=None")
         if image is not None:
@@ -366,7 +371,7 @@ class GateVLM(nn.Module):
                 cache[0]["encoded"] = image
         gates = []
         for i, block in enumerate(self.blocks):
-            h, gate = block(h, image, self.gate_temperature, None if cache is None else cache[i], mask, keep, dropped)
+            h, gate = block(h, image, self.gate_temperature, None if cache is None else cache[i], mask, embedded, keep)
             gates.append(gate)
             first = h if i == 0 else first
         return self.ln(h), torch.stack(gates), None if image is None else image.mean(dim=1), first
@@ -377,17 +382,11 @@ class GateVLM(nn.Module):
     def forward(self, idx, targets=None, image=None, keep=None, return_gates=False, weight=None, visible=False):
         """idx (B,T) int64, image (B,K,image_dim) or None -> (logits (B,T,V), None), or with targets (B,T), -1 ignored,
         (None, mean loss in nats); with return_gates also gates (n_layer,B,T). In training the contrastive term is added.
-        keep (B,k), ascending: only these positions are run, as if the others were not in the text, and every T above is k.
-        weight (B,k or T): the loss is the sum of weight * loss instead of the mean."""
-        if idx.size(1) > self.config.block_size:
-            raise InputError(f"a text of {idx.size(1)} tokens does not fit block_size {self.config.block_size}")
+        keep (B,k), ascending: only these positions are run, as if the others were not in the text; visible: the others are still seen
+        by self-attention, as they were embedded. weight (B,k): the loss is the sum of weight * loss instead of the mean."""
+        h, gates, pooled, first = self.trunk(idx, image, keep=keep, visible=visible)
         if keep is not None:
-            whole = idx
             idx, targets = idx.gather(1, keep), None if targets is None else targets.gather(1, keep)  # (B, k)
-        if visible and keep is not None:
-            h, gates, pooled, first = self.trunk(whole, image, keep=keep)
-        else:
-            h, gates, pooled, first = self.trunk(idx, image, position=keep)
         if targets is None:
             logits, loss = self.logits(h), None
         else:

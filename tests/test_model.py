@@ -622,6 +622,39 @@ def test_keeping_everything_is_the_dense_forward(variant):
     same(loss, model(idx, targets, image)[1])
 
 
+@every([v for v in VARIANTS if v.get("modulate_at") != "image"])  # there the mean over the text so far is of kept tokens only
+def test_visible_tokens_are_seen_as_they_were_embedded(variant):
+    """Reference: all T positions are run, and after every block each dropped token is put back to what it was before the first."""
+    model = make(**variant)
+    idx, targets, image = captions(model)
+    kept = torch.zeros(3, T, dtype=torch.bool).scatter(1, KEEP, True)
+    embedded = h = model.token_embedding(idx) + model.position_embedding(torch.arange(T))
+    encoded = model.image_encoder(image)
+    for block in model.blocks:
+        h = torch.where(kept[..., None], block(h, encoded)[0], embedded)
+    expected = model.logits(model.ln(h))
+    same(model(idx, image=image, keep=KEEP, visible=True)[0], expected[kept].view(3, 4, V), 1e-4)
+    real = kept & (targets != -1)
+    reference = F.cross_entropy(expected[real], targets[real])
+    loss = model(idx, targets, image, KEEP, visible=True)[1]
+    same(loss, reference)
+    for a, b in zip(*(torch.autograd.grad(x, [model.token_embedding.weight, model.blocks[0].attn.key_value.weight]) for x in (loss, reference))):
+        same(a, b, 1e-4)
+    same(model(idx, image=image, keep=torch.arange(T).repeat(3, 1), visible=True)[0], model(idx, image=image)[0])
+
+
+@every([v for v in VARIANTS if v.get("modulate_at") == "image"])
+def test_visible_tokens_come_before(variant):
+    """Causality: a token after a kept one changes nothing for it, one before it does, dropped or not."""
+    model = make(**variant)
+    idx, _, image = captions(model)
+    for changed in 1, 4:  # both dropped in row 0: [0, 2, 3, 6]
+        other = idx.clone()
+        other[0, changed] = (idx[0, changed] + 1) % V
+        change = (model(other, image=image, keep=KEEP, visible=True)[0] - model(idx, image=image, keep=KEEP, visible=True)[0])[0].abs().amax(dim=-1)
+        assert (change > 1e-4).tolist() == [position > changed for position in KEEP[0].tolist()]
+
+
 def test_kept_tokens_keep_their_positions():
     """The same two tokens at positions 1 and 3 or 0 and 1 are different texts; the token that stands between them is not seen."""
     model = make()
