@@ -12,6 +12,7 @@ import math
 import os
 import sys
 from collections import Counter
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -43,7 +44,18 @@ CONTENT_TAGS = frozenset("ADJ ADV NOUN NUM PROPN VERB".split())
 # ----------------------------------------------------------------------------------------------------------------------
 # losses
 
-@torch.no_grad()
+@contextmanager
+def evaluating(model):
+    """Eval mode without gradients, and back to what it was."""
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(was_training)
+
+
 def caption_losses(model, data, ids, view="image", batch_tokens=8192, split="val"):
     """Per caption of a split: losses (n_token,) in nats and gates (n_layer, n_token). view: "image" shows each its
     own image, "other" the next image of the file, "none" withholds it."""
@@ -53,22 +65,19 @@ def caption_losses(model, data, ids, view="image", batch_tokens=8192, split="val
         every = np.unique(data.image_row[split])
         rows = every[(np.searchsorted(every, rows) + 1) % len(every)]
     losses, gates, order, i = [None] * len(ids), [None] * len(ids), np.argsort(-length, kind="stable"), 0
-    was_training = model.training
-    model.eval()
     while i < len(order):
         pick = order[i:i + max(1, batch_tokens // int(length[order[i]]))]  # longest first, so that little is padding
         seen = view != "none" and model.config.n_image_token > 0
         idx, targets, image = (x if x is None else torch.from_numpy(x).to(device)
                                for x in data.caption_batch(split, ids[pick], block, rows[pick], images=seen))
-        loss, gate = (x.cpu().numpy() for x in model.token_losses(idx, targets, image))
+        with evaluating(model):
+            loss, gate = (x.cpu().numpy() for x in model.token_losses(idx, targets, image))
         for j, k in enumerate(pick):
             losses[k], gates[k] = loss[j, :length[k]], gate[:, j, :length[k]]
         i += len(pick)
-    model.train(was_training)
     return losses, gates
 
 
-@torch.no_grad()
 def block_losses(model, stream, starts):
     """Reads the blocks that begin at starts (n,): yields starts (B,) and the losses (B,T) in nats of the tokens after them. The last
     block may be short."""
@@ -77,19 +86,19 @@ def block_losses(model, stream, starts):
     for rows in [whole[i:i + 64] for i in range(0, len(whole), 64)] + [starts[starts + T > n]]:
         if len(rows):
             block = torch.from_numpy(stream[rows[:, None] + np.arange(min(T, n - rows[0]) + 1)].astype(np.int64)).to(device)
-            yield rows, model.token_losses(block[:, :-1], block[:, 1:])[0].cpu().numpy()
+            with evaluating(model):
+                losses = model.token_losses(block[:, :-1], block[:, 1:])[0].cpu().numpy()
+            yield rows, losses
 
 
 def text_loss(model, data, max_tokens=None):
     """Mean loss in nats per token over the validation text, read in blocks, of which about max_tokens are evenly spread over it;
     None without text."""
-    n, was_training = len(data.text["val"]) - 1, model.training
+    n = len(data.text["val"]) - 1
     if n < 1:
         return None
     starts = np.arange(0, n, model.config.block_size)[::1 if max_tokens is None else -(-n // max_tokens)]
-    model.eval()
     parts = [(losses.sum(dtype=np.float64), losses.size) for _, losses in block_losses(model, data.text["val"], starts)]
-    model.train(was_training)
     return float(sum(total for total, _ in parts) / sum(count for _, count in parts))
 
 

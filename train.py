@@ -1,7 +1,8 @@
 """Train a gated vision-language model: python train.py [--preset toy|patches|laptop|small|paper] [--flag value] (see --help).
 
-In reading order: the configuration and its presets, flags, the order in which data is seen, one step, evaluation, the loop.
-A run folder holds config.json, log.jsonl, last.pt, best.pt, loss.png, gates.png, summary.json and a copy of the tokenizer.
+In reading order: the configuration and its presets, flags, the order in which data is seen, token elision, the loop, the summary.
+A run folder holds config.json, log.jsonl, last.pt, best.pt, loss.png, gates.png, summary.json and a copy of the tokenizer; with
+token elision also kept.png.
 """
 import argparse
 import difflib
@@ -34,6 +35,8 @@ ORDERS = {"alternate": lambda n: "TC" * n, "text-first": lambda n: "T" * n + "C"
           "mixed": lambda n: "M" * n, "caption-only": lambda n: "C" * n, "text-only": lambda n: "T" * n}
 
 
+# regate: the student's moving average + lambda * the teacher's loss; ema, ref: one of the two alone; loss-only: regate's choice, but every
+# token is run; gate: 1 - gate instead of the teacher; priority: regate's score as a sampling weight, with losses weighted to stay unbiased
 ELIDE = ("none", "regate", "ema", "ref", "random", "loss-only", "gate", "priority")
 WITH_TEACHER = ("regate", "ref", "loss-only", "priority")
 
