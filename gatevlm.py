@@ -322,7 +322,8 @@ class GateVLM(nn.Module):
         self.register_buffer("gate_temperature", torch.tensor(1.0))
         if config.contrastive != "none":
             self.log_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
-        self.loss_parts = {}  # what the last loss was made of, detached: {"language": ..., "tokens": (N,), "contrastive": ...}
+        self.loss_parts = {}  # what the last loss was made of, detached: {"language": ..., "contrastive": ...}
+        self.target_losses = torch.zeros(0)  # and the loss of each of its real targets, (N,)
         self.apply(self._init_weights)
 
     def _init_weights(self, module):
@@ -393,7 +394,7 @@ class GateVLM(nn.Module):
             real = targets != -1  # (B, T); padding never reaches the head
             logits, losses = None, F.cross_entropy(self.logits(h[real]).float(), targets[real], reduction="none")
             loss = losses.mean() if weight is None else (losses * weight[real]).sum()
-            self.loss_parts = {"language": loss.detach(), "tokens": losses.detach()}
+            self.loss_parts, self.target_losses = {"language": loss.detach()}, losses.detach()
             if self.training and image is not None and self.config.contrastive != "none":
                 extra = self.contrastive(idx, first, real, pooled)
                 self.loss_parts["contrastive"] = extra.detach()

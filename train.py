@@ -510,7 +510,7 @@ def train(config, model_config, data, state=None):
                     targets, place = targets.gather(1, keep), place.gather(1, keep)
                 if elides:
                     real = targets != -1 if share else torch.zeros_like(targets, dtype=torch.bool)
-                    news = place[real], raw.loss_parts["tokens"][:real.sum()], 1 - gates.detach()[looking].float().mean(dim=0)[real]
+                    news = place[real], raw.target_losses[:real.sum()], 1 - gates.detach()[looking].float().mean(dim=0)[real]
                     for told in [news] if world == 1 else gather(news):
                         elision.update(kind, *told)
                 if "contrastive" in raw.loss_parts:

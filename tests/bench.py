@@ -94,7 +94,7 @@ def train_steps(args, device):
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        difficulty[at.flatten()] = 0.9 * difficulty[at.flatten()] + 0.1 * model.loss_parts["tokens"]
+        difficulty[at.flatten()] = 0.9 * difficulty[at.flatten()] + 0.1 * model.target_losses
     dense, elided, visible = alternate([lambda: step(False), lambda: step(True), lambda: step(True, True)], device, args.repeat)
     print(f"training steps: {model.n_parameter():,} parameters, {B} captions of {T} tokens, {k} kept: dense {dense:.2f} s, elided {elided:.2f} s, "
           f"elided with the dropped tokens visible {visible:.2f} s")

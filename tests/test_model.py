@@ -701,7 +701,7 @@ def test_weights_of_the_kept_losses():
     prefix = torch.arange(4).repeat(3, 1)
     losses = model.token_losses(idx[:, :4], targets[:, :4], image)[0]
     same(model(idx, targets, image, prefix, weight=weight)[1], (weight * losses).sum())
-    same(model.loss_parts["tokens"], losses[targets[:, :4] != -1])
+    same(model.target_losses, losses[targets[:, :4] != -1])
 
 
 def test_keep_best_by_hand():
