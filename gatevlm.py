@@ -345,16 +345,14 @@ class GateVLM(nn.Module):
         """Everything below the head: h (B,T,D), gates (n_layer,B,T), pooled image (B,D) or None, block 0's output (B,T,D).
         Tokens follow each other unless position (B,T) and mask (B,T,T), True where a row may look, arrange them otherwise. With
         keep (B,k) only those positions are run, and every T above is k."""
-        if keep is not None and idx.size(1) > self.config.block_size:
-            raise InputError(f"a text of {idx.size(1)} tokens does not fit block_size {self.config.block_size}")
-        if keep is not None and not visible:
-            idx, position = idx.gather(1, keep), keep  # (B, k); each token keeps the position it has in the whole text
         start = 0 if cache is None or not cache[0]["self"] else cache[0]["self"]["key"].size(2)
         B, T = idx.shape
         if position is None and start + T > self.config.block_size:
             raise InputError(f"a text of {start + T} tokens does not fit block_size {self.config.block_size}")
         if start and T > 1:
             raise InputError(f"a cache that holds {start} tokens takes one more at a time, not {T}")
+        if keep is not None and not visible:
+            idx, position = idx.gather(1, keep), keep  # (B, k); each token keeps the position it has in the whole text
         if position is None:
             position = torch.arange(start, start + T, device=idx.device)
         h = self.drop(self.token_embedding(idx) + self.position_embedding(position))  # (B, T, D)

@@ -577,9 +577,9 @@ def train(config, model_config, data, state=None):
     return now["step"] == n_step
 
 
-def kept_picture(path, config, data):
-    """A training caption with its gates at the last step; struck out what an elided step would drop."""
-    model, state = load_model(config.out, "last.pt"), load_checkpoint(os.path.join(config.out, "last.pt"))
+def kept_picture(path, config, data, state):
+    """A training caption with its gates at the last step, whose checkpoint is state; struck out what an elided step would drop."""
+    model = load_model(config.out, "last.pt")
     caption = int(np.argmax(data.lengths("train", model.config.block_size)[:100]))
     batch = "C", np.array([caption])
     _, targets, _ = load_batch(batch, config, model.config, data, "cpu")
@@ -594,7 +594,8 @@ def kept_picture(path, config, data):
 def finish(config, data):
     """Report on best.pt, pictures, summary.json."""
     path = lambda name: os.path.join(config.out, name)
-    model, now = load_model(config.out), load_checkpoint(path("last.pt"))["now"]
+    model, state = load_model(config.out), load_checkpoint(path("last.pt"))
+    now = state["now"]
     summary = evaluation.report(model, data)
     summary |= {"tokens_seen": now["tokens_seen"], "tokens_processed": now["tokens_processed"],
                 "processed_ratio": now["tokens_processed"] / now["tokens_seen"], "tokens_per_second": round(now["tokens_seen"] / now["seconds"]), "minutes": now["seconds"] / 60,
@@ -612,7 +613,7 @@ def finish(config, data):
     evaluation.draw_curves(path("loss.png"), series, "loss, nats per token", "steps", floors, top=0.95)
     evaluation.gate_picture(path("gates.png"), model, data)
     if config.elide != "none" and evaluation.looking(model) and len(data.image_row["train"]):
-        kept_picture(path("kept.png"), config, data)
+        kept_picture(path("kept.png"), config, data, state)
     for name, value in summary.items():
         print(f"{name:32} {value if not isinstance(value, float) else f'{value:.4f}'}")
     print(f"everything is in {config.out}: summary.json, loss.png, gates.png, log.jsonl, best.pt, last.pt")
