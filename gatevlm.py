@@ -7,7 +7,7 @@ The model of *Looking to Learn* (Ganescu, Salhan, Caines, Buttery; arXiv 2510.08
   4. Block               one decoder layer: self-attention, then the gated look at the image, then the MLP
   5. clip_loss, lcg_loss the two contrastive losses that can be added in training
   6. keep_best, ...      which tokens are worth running: the selection of *ReGATE* (Li, Kulkarni, Fazli; arXiv 2507.21420)
-  7. GateVLM             embeddings, blocks, tied head, loss; generate() with a key-value cache
+  7. HeadLoss, GateVLM   the loss without the logits; embeddings, blocks, tied head; generate() with a key-value cache
   8. pick_device, save and load: a run folder -> a model, in one call
 
 Letters in shape comments: B batch, T text positions, K image tokens, D width (n_embd), V vocabulary, nh heads, hs head size.
@@ -304,6 +304,33 @@ def keep_sampled(score, real, k):
 # ----------------------------------------------------------------------------------------------------------------------
 # 7. the model
 
+class HeadLoss(torch.autograd.Function):
+    """Cross-entropy (N,) of the logits h (N,D) @ weight (V,D).T against targets (N,), and its sum weighted by scale (N,). Gradients are
+    taken on the way forward, chunk by chunk: the logits of one chunk are all that ever exists of (N,V), and nothing is computed twice."""
+    CHUNK = 512
+
+    @staticmethod
+    def forward(ctx, h, weight, targets, scale):
+        losses, dh, dweight = torch.zeros_like(scale), torch.zeros_like(h), torch.zeros_like(weight)
+        for i in range(0, len(h), HeadLoss.CHUNK):
+            rows = slice(i, i + HeadLoss.CHUNK)
+            logp = (h[rows] @ weight.T).float().log_softmax(dim=-1)  # (chunk, V)
+            losses[rows] = F.nll_loss(logp, targets[rows], reduction="none")
+            dlogits = logp.exp_()  # softmax minus one-hot
+            dlogits[torch.arange(len(dlogits), device=h.device), targets[rows]] -= 1
+            dlogits *= scale[rows, None]
+            dh[rows] = (dlogits @ weight).to(h.dtype)
+            dweight += dlogits.T @ h[rows]
+        ctx.save_for_backward(dh, dweight)
+        ctx.mark_non_differentiable(losses)
+        return (losses * scale).sum(), losses
+
+    @staticmethod
+    def backward(ctx, dloss, _):
+        dh, dweight = ctx.saved_tensors
+        return dloss * dh, dloss * dweight, None, None
+
+
 class GateVLM(nn.Module):
     def __init__(self, config):
         super().__init__()
@@ -390,8 +417,9 @@ class GateVLM(nn.Module):
             logits, loss = self.logits(h), None
         else:
             real = targets != -1  # (B, T); padding never reaches the head
-            logits, losses = None, F.cross_entropy(self.logits(h[real]).float(), targets[real], reduction="none")
-            loss = losses.mean() if weight is None else (losses * weight[real]).sum()
+            h, targets = h[real], targets[real]  # (N, D), (N,)
+            scale = torch.full_like(targets, 1 / len(targets), dtype=torch.float32) if weight is None else weight[real]
+            logits, (loss, losses) = None, HeadLoss.apply(h, self.head.weight[:self.config.vocab_size], targets, scale)
             self.loss_parts, self.target_losses = {"language": loss.detach()}, losses.detach()
             if self.training and image is not None and self.config.contrastive != "none":
                 extra = self.contrastive(idx, first, real, pooled)

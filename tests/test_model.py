@@ -11,8 +11,9 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from gatevlm import (CONTRASTIVES, GATES, IMAGE_ENCODERS, MODULATIONS, PLACES, Attention, Block, GateVLM, GateVLMConfig, InputError,
+from gatevlm import (CONTRASTIVES, GATES, IMAGE_ENCODERS, MODULATIONS, PLACES, Attention, Block, GateVLM, GateVLMConfig, HeadLoss, InputError,
                      clip_loss, keep_best, keep_sampled, lcg_loss, load_checkpoint, load_model, save_checkpoint)
 
 V, T, K, IMAGE_DIM = 50, 7, 4, 6
@@ -535,15 +536,47 @@ def test_token_losses_are_one_number_per_target():
     assert losses.shape == (3, T) and losses.dtype == torch.float32
 
 
-def test_only_real_targets_reach_the_head():
-    """No (B,T,V) tensor in training: 18 of the 21 positions have a target, and 18 rows are multiplied with the vocabulary."""
+def test_only_real_targets_reach_the_head_and_only_one_chunk_at_a_time(monkeypatch):
+    """No (B,T,V) tensor in training, forward or backward: of 21 positions 18 have a target, which meet the vocabulary in chunks of 5."""
+    class Shapes(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            products.append(tuple(out.shape)) if func is torch.ops.aten.mm.default else None
+            every.update(tuple(x.shape) for x in (out if isinstance(out, (tuple, list)) else [out]) if isinstance(x, torch.Tensor))
+            return out
     model = make().train()
+    V = model.config.vocab_size
     idx, targets, image = captions(model)
+    monkeypatch.setattr(HeadLoss, "CHUNK", 5)
+    products, every = [], set()
+    with Shapes():
+        model(idx, targets, image)[1].backward()
+    assert [shape for shape in products if shape[-1] == V] == [(5, V), (5, V), (5, V), (3, V)]
+    wide = {shape for shape in every if shape[-1:] == (V,) and len(shape) > 1}
+    assert wide == {(5, V), (3, V), (model.config.n_embd, V)}  # the last is the matrix itself, transposed
+
     rows = []
     model.head.register_forward_hook(lambda head, inputs, output: rows.append(tuple(output.shape)))
-    model(idx, targets, image)
     model.token_losses(idx, targets, image)
-    assert rows == [(18, 64), (18, 64)]
+    assert rows == [(18, 64)]
+
+
+@every([dict(chunk=1), dict(chunk=7), dict(chunk=20), dict(chunk=21), dict(chunk=500)])
+def test_chunked_head_is_cross_entropy(monkeypatch, variant):
+    """The weighted sum, every loss, and the gradients of both factors, against F.cross_entropy of all logits at once; the factor 3 stands for
+    whatever the loss is multiplied with afterwards."""
+    monkeypatch.setattr(HeadLoss, "CHUNK", variant["chunk"])
+    torch.manual_seed(1)
+    h, weight, scale = torch.randn(20, 6, requires_grad=True), torch.randn(11, 6, requires_grad=True), torch.rand(20)
+    targets = torch.randint(11, (20,))
+    plain = F.cross_entropy(h @ weight.T, targets, reduction="none")
+    expected = torch.autograd.grad(3 * (plain * scale).sum(), (h, weight))
+    loss, losses = HeadLoss.apply(h, weight, targets, scale)
+    same(loss, (plain * scale).sum())
+    same(losses, plain)
+    assert not losses.requires_grad
+    for mine, reference in zip(torch.autograd.grad(3 * loss, (h, weight)), expected):
+        same(mine, reference)
 
 
 @every(VARIANTS)
@@ -689,7 +722,7 @@ def test_dropped_tokens_never_reach_a_block_or_the_head():
         if isinstance(module, nn.Linear):
             module.register_forward_hook(lambda module, inputs, output, name=name: rows.update({name: inputs[0].numel() // module.in_features}))
     model(idx, targets, image, KEEP)
-    assert rows.pop("head") == 4 + 3 + 3
+    assert len(model.target_losses) == 4 + 3 + 3
     assert {n for name, n in rows.items() if name.startswith("blocks") and "cross.key_value" not in name} == {3 * 4}
     assert {n for name, n in rows.items() if name.startswith("image_encoder") or "cross.key_value" in name} == {3 * K}
 
