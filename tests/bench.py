@@ -12,6 +12,8 @@ import time
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import numpy as np
 import torch
+import torch.nn as nn
+import torch.nn.functional as F
 
 import eval as evaluation
 from gatevlm import GateVLM, GateVLMConfig, keep_best
@@ -32,6 +34,130 @@ def alternate(functions, device, repeat):
     """Median seconds of each function, timed in turn after one warm-up round."""
     rounds = [[seconds(function, device) for function in functions] for _ in range(repeat + 1)][1:]
     return [statistics.median(times) for times in zip(*rounds)]
+
+
+class PaddedVLM(nn.Module):
+    """The usual way to build the paper's model: nn.MultiheadAttention, every line padded to the block under an explicit mask, an image for
+    every batch (zeros where it is text), all logits."""
+
+    def __init__(self, c):
+        super().__init__()
+        D = c.n_embd
+        self.token, self.position = nn.Embedding(c.vocab_size, D), nn.Embedding(c.block_size, D)
+        layer = nn.TransformerEncoderLayer(D, c.n_head, 4 * D, dropout=0.0, activation="gelu", batch_first=True, norm_first=True)
+        self.project, self.encoder = nn.Linear(c.image_dim, D), nn.TransformerEncoder(layer, c.n_image_layer, enable_nested_tensor=False)
+        attention = lambda: nn.MultiheadAttention(D, c.n_head, batch_first=True)
+        self.blocks = nn.ModuleList(nn.ModuleDict(
+            {"ln1": nn.LayerNorm(D), "attn": attention(), "ln2": nn.LayerNorm(D), "cross": attention(), "gate": nn.Linear(2 * D, D), "ln4": nn.LayerNorm(D),
+             "ln3": nn.LayerNorm(D), "mlp": nn.Sequential(nn.Linear(D, 4 * D), nn.GELU(), nn.Linear(4 * D, D))}) for _ in range(c.n_layer))
+        self.ln, self.head = nn.LayerNorm(D), nn.Linear(D, c.vocab_size, bias=False)
+        self.head.weight = self.token.weight
+        nn.init.normal_(self.token.weight, std=0.02)
+
+    def forward(self, idx, targets, image):
+        T = idx.size(1)
+        hidden = torch.ones(T, T, dtype=torch.bool, device=idx.device).triu(1)  # what a position may not see
+        image, h = self.encoder(self.project(image)), self.token(idx) + self.position.weight[:T]
+        for b in self.blocks:
+            x = b["ln1"](h)
+            h = h + b["attn"](x, x, x, attn_mask=hidden, key_padding_mask=targets == -1, need_weights=False)[0]
+            t = b["ln2"](h)
+            v = b["cross"](t, image, image, need_weights=False)[0]
+            g = torch.sigmoid(b["gate"](torch.cat([t, v], dim=-1)))
+            h = h + b["ln4"](g * t + (1 - g) * v)
+            h = h + b["mlp"](b["ln3"](h))
+        return None, F.cross_entropy(self.head(self.ln(h)).flatten(0, 1), targets.flatten(), ignore_index=-1)
+
+
+class BareDecoder(nn.Module):
+    """A text decoder and nothing else, in nanoGPT's shape."""
+
+    def __init__(self, c):
+        super().__init__()
+        D, self.n_head = c.n_embd, c.n_head
+        self.token, self.position = nn.Embedding(c.vocab_size, D), nn.Embedding(c.block_size, D)
+        self.blocks = nn.ModuleList(nn.ModuleDict({"ln1": nn.LayerNorm(D), "qkv": nn.Linear(D, 3 * D), "proj": nn.Linear(D, D), "ln2": nn.LayerNorm(D),
+                                                   "fc": nn.Linear(D, 4 * D), "out": nn.Linear(4 * D, D)}) for _ in range(c.n_layer))
+        self.ln, self.head = nn.LayerNorm(D), nn.Linear(D, c.vocab_size, bias=False)
+        self.head.weight = self.token.weight
+        nn.init.normal_(self.token.weight, std=0.02)
+
+    def forward(self, idx, targets, image):
+        h = self.token(idx) + self.position.weight[:idx.size(1)]
+        for b in self.blocks:
+            q, k, v = (x.unflatten(-1, (self.n_head, -1)).transpose(1, 2) for x in b["qkv"](b["ln1"](h)).chunk(3, dim=-1))  # (B, nh, T, hs)
+            h = h + b["proj"](F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2))
+            h = h + b["out"](F.gelu(b["fc"](b["ln2"](h)), approximate="tanh"))
+        return None, F.cross_entropy(self.head(self.ln(h)).flatten(0, 1), targets.flatten())
+
+
+def stepper(model, device):
+    """A function that makes one AdamW step of a model on idx, targets and image; compiled and in bfloat16 on a GPU, as train.py does."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
+    forward = torch.compile(model) if device.type == "cuda" else model
+
+    def step(idx, targets, image):
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            _, loss = forward(idx, targets, image)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    return step
+
+
+def against_padding(args, device):
+    """Useful tokens per second over the usual way, with as many parameters, the GPT-2 vocabulary, and as many positions in a step: its rows hold
+    one line each and padding up to 128 tokens, ours hold packed text or captions of one length."""
+    config = GateVLMConfig(vocab_size=50257, n_layer=4, n_head=4, n_embd=256, n_image_layer=2, dropout=0.0)
+    rows = 256 if device.type == "cuda" else 16
+    ours, usual = GateVLM(config).to(device).train(), PaddedVLM(config).to(device).train()
+    n, m = (sum(p.numel() for p in model.parameters()) for model in (ours, usual))
+    assert abs(n - m) < 0.05 * n, (n, m)
+    our_step, usual_step = stepper(ours, device), stepper(usual, device)
+    figures = {}
+    for name, line in ("text", 10), ("caption", 14):  # 9 words of child-directed speech or 13 of a caption, and <eot>
+        padded = torch.randint(50257, (rows, 128), device=device)
+        targets = padded.masked_fill(torch.arange(128, device=device) >= line, -1)
+        image = torch.randn(rows, 1, 768, device=device) * (name == "caption")
+        T = 128 if name == "text" else line
+        idx = torch.randint(50257, (rows * 128 // T, T), device=device)
+        ours_image = torch.randn(len(idx), 1, 768, device=device) if name == "caption" else None
+        fast, slow = alternate([lambda: our_step(idx, idx, ours_image), lambda: usual_step(padded, targets, image)], device, args.repeat)
+        print(f"{name}_vs_padded: {n:,} and {m:,} parameters; {idx.numel() / fast:,.0f} against {rows * line / slow:,.0f} useful tokens/s, lines of {line} tokens")
+        figures[f"{name}_vs_padded"] = (idx.numel() / fast) / (rows * line / slow)
+    return figures
+
+
+def against_bare(args, device):
+    """Time of a training step over that of a bare decoder with the same depth, width, vocabulary and tokens (preset small)."""
+    config = GateVLMConfig(vocab_size=8192, n_layer=6, n_head=6, n_embd=384, n_image_layer=3, dropout=0.0)
+    n_token = 16384 if device.type == "cuda" else 1024
+    ours, bare = stepper(GateVLM(config).to(device).train(), device), stepper(BareDecoder(config).to(device).train(), device)
+    text = torch.randint(8192, (n_token // 128, 128), device=device)
+    captions = torch.randint(8192, (n_token // 14, 14), device=device)
+    image = torch.randn(len(captions), 1, 768, device=device)
+    a, b, c, d = alternate([lambda: ours(text, text, None), lambda: bare(text, text, None), lambda: ours(captions, captions, image),
+                            lambda: bare(captions, captions, None)], device, args.repeat)
+    print(f"against a bare decoder, {n_token} tokens: text {a:.3f} and {b:.3f} s, captions with one image token {c:.3f} and {d:.3f} s")
+    return {"text_vs_bare": a / b, "caption_vs_bare": c / d}
+
+
+@torch.no_grad()
+def kv_cache(args, device):
+    """Time without the key-value cache over time with it, at the width of preset laptop: for one more token after 127, and for all 128."""
+    model = GateVLM(GateVLMConfig(vocab_size=4096, block_size=128, n_layer=4, n_head=4, n_embd=192, n_image_layer=2, gate="soft-token")).to(device).eval()
+    idx, image = torch.randint(4096, (1, 128), device=device), torch.randn(1, 1, 768, device=device)
+    cache = [{"self": {}, "image": {}} for _ in model.blocks]
+    model.trunk(idx[:, :127], image, cache)
+    last = lambda h: model.logits(h[:, -1])
+    slow, fast, whole, cached = alternate([
+        lambda: [last(model.trunk(idx, image)[0]) for _ in range(10)],
+        lambda: [last(model.trunk(idx[:, -1:], image, [{"self": dict(c["self"]), "image": dict(c["image"]), **({"encoded": c["encoded"]} if "encoded" in c else {})}
+                                                       for c in cache])[0]) for _ in range(10)],
+        lambda: model.generate(idx[:, :1], 127, image, 0, use_cache=False), lambda: model.generate(idx[:, :1], 127, image, 0)], device, args.repeat)
+    print(f"kv_cache: the 128th token in {1e2 * fast:.1f} ms, without the cache in {1e2 * slow:.1f} ms; 127 tokens in {cached:.2f} and {whole:.2f} s")
+    return {"kv_cache": slow / fast, "kv_cache_whole_text": whole / cached}
 
 
 def sentences(args):
@@ -101,7 +227,7 @@ def train_steps(args, device):
     return {"elided_step": elided / dense, "elided_cycle": (16 + 112 * elided / dense) / 128, "elided_step_visible": visible / dense}
 
 
-BENCHES = {"batched_eval": batched_eval, "train_steps": train_steps}
+BENCHES = {"against_padding": against_padding, "against_bare": against_bare, "train_steps": train_steps, "batched_eval": batched_eval, "kv_cache": kv_cache}
 
 
 def main():
