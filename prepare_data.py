@@ -448,31 +448,35 @@ def chunks(n, size=4096):
 def read_caption_sets(found):
     """([caption], rows (n,), fetch) of caption files and their states. Row i of a file's concatenated states belongs to caption i;
     of equal neighbours only the first is used. Everything is read and checked here, before anything is written."""
-    said, arrays, new, last = [], [], [], None
+    said, paths, lengths, new, last = [], [], [], [], None
     for captions_path, states_paths in found:
         said += check_captions(captions_path, read_json(captions_path))
         for path in states_paths:
-            arrays.append(states := open_states(path))
-            if states.shape[1:] != arrays[0].shape[1:]:
-                raise InputError(f"{path}: rows of shape {states.shape[1:]}, expected {arrays[0].shape[1:]} as in {found[0][1][0]}")
+            states = open_states(path)
+            paths.append(path)
+            lengths.append(len(states))
+            if states.shape[1:] != (expected := open_states(paths[0]).shape[1:]):
+                raise InputError(f"{path}: rows of shape {states.shape[1:]}, expected {expected} as in {paths[0]}")
             for part in chunks(len(states)):
                 with np.errstate(over="ignore"):  # what float32 cannot hold becomes inf and is refused
-                    x = np.asarray(states[part], np.float32)
+                    x = np.asarray(open_states(path)[part], np.float32)  # opened anew: what a map has read stays in memory with it
                 bad = ~(np.abs(x) <= 65504).all(axis=(1, 2))  # NaN, inf, and what float16 cannot hold
                 if bad.any():
                     raise InputError(f"{path}, row {part.start + bad.argmax()}: NaN, inf or a number beyond 65504; expected finite features")
                 before = np.concatenate([np.full_like(x[:1], np.nan) if last is None else last, x[:-1]])
                 new.append((x != before).any(axis=(1, 2)))
                 last = x[-1:]
-        if (total := sum(map(len, arrays))) != len(said):
-            raise InputError(f"{captions_path}: {len(said)} captions up to here, but {total} rows in {', '.join(states_paths)} and before; "
+        if sum(lengths) != len(said):
+            raise InputError(f"{captions_path}: {len(said)} captions up to here, but {sum(lengths)} rows in {', '.join(states_paths)} and before; "
                              "expected one row per caption")
     if not said:
         return [], np.zeros(0, np.int64), None
-    starts = np.cumsum([0, *map(len, arrays)])
+    starts = np.cumsum([0, *lengths])
 
     def fetch(rows):
-        return np.stack([arrays[k][row - starts[k]] for k, row in zip(np.searchsorted(starts, rows, "right") - 1, rows)])
+        where = np.searchsorted(starts, rows, "right") - 1
+        states = {k: open_states(paths[k]) for k in set(where)}
+        return np.stack([states[k][row - starts[k]] for k, row in zip(where, rows)])
     return said, np.maximum.accumulate(np.where(np.concatenate(new), np.arange(len(said)), 0)), fetch
 
 
@@ -545,16 +549,12 @@ def write_captions(stem, captions, encoding, max_caption):
 def write_images(path, jobs, n_image_token, image_dim):
     """image.npy, float16, from [(fetch, rows)], 256 pictures at a time."""
     shape = (sum(len(rows) for _, rows in jobs), n_image_token, image_dim)
-    if not shape[0]:  # numpy cannot map an empty file
-        return np.save(path, np.zeros(shape, np.float16))
-    images, n = np.lib.format.open_memmap(path, "w+", np.float16, shape), 0
-    with tqdm(total=shape[0], desc="images", disable=None, leave=False) as progress:
+    with open(path, "wb") as f, tqdm(total=shape[0], desc="images", disable=None, leave=False) as progress:
+        np.lib.format.write_array_header_1_0(f, {"descr": "<f2", "fortran_order": False, "shape": shape})
         for fetch, rows in jobs:
             for part in chunks(len(rows), 256):
-                images[n:n + len(rows[part])] = fetch(rows[part])
-                n += len(rows[part])
+                f.write(fetch(rows[part]).astype("<f2").tobytes())
                 progress.update(len(rows[part]))
-    images.flush()
 
 
 def write_folder(out, text, captions, tokenizer, meta, max_caption, overwrite, extra=None):

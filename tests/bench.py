@@ -5,8 +5,11 @@ import argparse
 import json
 import os
 import platform
+import resource
+import shutil
 import statistics
 import sys
+import tempfile
 import time
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
@@ -16,8 +19,11 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import eval as evaluation
+import train
 from gatevlm import GateVLM, GateVLMConfig, keep_best
-from prepare_data import load_tokenizer
+from prepare_data import Data, load_tokenizer
+
+PREPARE = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "prepare_data.py")
 
 
 def seconds(function, device):
@@ -227,28 +233,102 @@ def train_steps(args, device):
     return {"elided_step": elided / dense, "elided_cycle": (16 + 112 * elided / dense) / 128, "elided_step_visible": visible / dense}
 
 
+def utilisation(args, device):
+    """Training steps on text blocks of 128: tokens per second, and the share of the machine's own matrix product rate that they reach, counting
+    6 operations for each weight and token, and attention's."""
+    rate = torch.randn(2, 8192 if device.type == "cuda" else 1024, 8192 if device.type == "cuda" else 1024, device=device)
+    rate = rate.to(torch.bfloat16 if device.type == "cuda" else torch.float32)
+    figures = {}
+    for preset in "small", "paper":
+        values = {f: v for f, v in train.PRESETS[preset].items() if f in GateVLMConfig.__dataclass_fields__}
+        config = GateVLMConfig(**values, vocab_size=8192)
+        n_token = 16384 if device.type == "cuda" else 1024
+        step = stepper(GateVLM(config).to(device).train(), device)
+        idx = torch.randint(8192, (n_token // config.block_size, config.block_size), device=device)
+        D, T = config.n_embd, config.block_size
+        work = n_token * (6 * (config.n_layer * 12 * D * D + D * config.vocab_size) + config.n_layer * 6 * T * D)  # causal: half of T x T
+        taken, product = alternate([lambda: step(idx, idx, None), lambda: rate[0] @ rate[1]], device, args.repeat)
+        print(f"utilisation, preset {preset}: {n_token / taken:,.0f} tokens/s, {work / taken / 1e12:.3f} of {2 * rate.size(1) ** 3 / product / 1e12:.3f} Tflop/s")
+        figures[f"utilisation_{preset}"] = (work / taken) / (2 * rate.size(1) ** 3 / product)
+    return figures
+
+
+def peak_memory(args, device):
+    """GiB at the peak of a training step of the paper's model, 8,192 caption tokens, GPT-2 vocabulary, with all that AdamW keeps. On a CPU: of
+    the whole process, so this one runs best alone."""
+    config = GateVLMConfig(vocab_size=50257)
+    step = stepper(GateVLM(config).to(device).train(), device)
+    idx, image = torch.randint(50257, (585, 14), device=device), torch.randn(585, 1, 768, device=device)
+    for _ in range(2):
+        step(idx, idx, image)
+    peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return {"peak_memory_gib": peak / 2**30}
+
+
+def growth(args, device):
+    """prepare_data.py babylm and the start of an epoch on 1, 4 and 16 times as much made-up data (the last: --megabytes of text, and 500 captions with
+    768 numbers each per megabyte): seconds and peak resident memory."""
+    figures = {}
+    with tempfile.TemporaryDirectory() as root:
+        for times in 1, 4, 16:
+            folder, megabytes, rng = os.path.join(root, str(times)), args.megabytes * times / 16, np.random.default_rng(times)
+            os.makedirs(os.path.join(folder, "text_only", "train"))
+            os.makedirs(os.path.join(folder, "image_caption"))
+            letters = np.array(list("abcdefghijklmnopqrstuvwxyz"))
+            words = np.array(["".join(rng.choice(letters, n)) for n in rng.integers(1, 10, 50000)])
+            with open(os.path.join(folder, "text_only", "train", "a.train"), "w") as f:
+                while f.tell() < megabytes * 1e6:
+                    drawn = words[rng.zipf(1.2, 100000).clip(max=50000) - 1]
+                    f.writelines(" ".join(drawn[i:i + 10]) + ".\n" for i in range(0, len(drawn), 10))
+            n = int(500 * megabytes)
+            with open(os.path.join(folder, "image_caption", "made_up_captions.json"), "w") as f:
+                json.dump([" ".join(words[rng.zipf(1.2, 12).clip(max=50000) - 1]) for _ in range(n)], f)
+            states = np.lib.format.open_memmap(os.path.join(folder, "image_caption", "made_up_states.npy"), "w+", np.float32, (n, 768))
+            for i in range(0, n, 1000):
+                states[i:i + 1000] = rng.standard_normal((len(states[i:i + 1000]), 768))
+            del states
+            start, data = time.perf_counter(), os.path.join(root, f"data{times}")
+            child = os.fork()
+            if not child:
+                os.execv(sys.executable, [sys.executable, PREPARE, "babylm", folder, "--out", data])
+            _, status, used = os.wait4(child, 0)
+            assert status == 0
+            taken = time.perf_counter() - start
+            opened = Data(data)
+            epoch = min(seconds(lambda: train.epoch_plan("M", 0, train.TrainConfig(), 128, opened), device) for _ in range(3))
+            order = min(seconds(lambda: np.argsort(-np.random.default_rng(1).permutation(opened.lengths("train", 128)), kind="stable"), device) for _ in range(3))
+            print(f"growth: {megabytes:.0f} MB of text, {n:,} captions: {taken:.0f} s, peak {used.ru_maxrss / 2**20:.2f} GiB; start of an epoch {epoch:.3f} s, "
+                  f"its permutation and sorting alone {order:.3f} s", flush=True)
+            figures |= {f"prepare_seconds_{times}x": taken, f"prepare_gib_{times}x": used.ru_maxrss / 2**20, f"epoch_start_seconds_{times}x": epoch}
+            shutil.rmtree(folder)
+            shutil.rmtree(data)
+    return figures
+
+
 BENCHES = {"against_padding": against_padding, "against_bare": against_bare, "train_steps": train_steps, "batched_eval": batched_eval, "kv_cache": kv_cache}
+SLOW = {"utilisation": utilisation, "peak_memory": peak_memory, "growth": growth}  # only when named
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("name", nargs="*", help=f"what to measure: {', '.join(BENCHES)} (default: all)")
+    parser.add_argument("name", nargs="*", help=f"what to measure: {', '.join(BENCHES)} (default: all these), {', '.join(SLOW)}")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--repeat", type=int, default=5, help="rounds behind each median")
     parser.add_argument("--babylm_eval", default="", help="an evaluation_data/full_eval folder, to score the real sentences, minutes a round (--repeat 1); needs --data")
     parser.add_argument("--data", default="", help="a data or run folder, for its tokenizer")
+    parser.add_argument("--megabytes", type=int, default=64, help="growth: text of the largest of its three sizes")
     parser.add_argument("--json", action="store_true", help="end with one JSON object of all figures")
     args = parser.parse_args()
     for name in args.name:
-        if name not in BENCHES:
-            parser.error(f"{name}: expected some of {', '.join(BENCHES)}")
+        if name not in BENCHES | SLOW:
+            parser.error(f"{name}: expected some of {', '.join(BENCHES | SLOW)}")
     device = torch.device(args.device)
     machine = torch.cuda.get_device_name() if device.type == "cuda" else f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
     print(f"{machine}, torch {torch.__version__}, medians of {args.repeat}")
     torch.manual_seed(1)
     figures = {}
     for name in args.name or BENCHES:
-        figures |= BENCHES[name](args, device)
+        figures |= (BENCHES | SLOW)[name](args, device)
     for name, figure in figures.items():
         print(f"{name:20} {figure:.2f}")
     if args.json:
