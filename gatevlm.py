@@ -358,7 +358,7 @@ class GateVLM(nn.Module):
         if config.contrastive != "none":
             self.log_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
         self.loss_parts = {}  # what the last loss was made of, detached: {"language": ..., "contrastive": ...}
-        self.target_losses = torch.zeros(0)  # and the loss of each of its real targets, (N,)
+        self.target_losses, self.target_at = torch.zeros(0), torch.zeros(0)  # and the loss of each real target, (N,), with its flat position
         self.apply(self._init_weights)
 
     def _init_weights(self, module):
@@ -413,11 +413,12 @@ class GateVLM(nn.Module):
     def logits(self, h):
         return self.head(h)[..., :self.config.vocab_size]
 
-    def forward(self, idx, targets=None, image=None, keep=None, return_gates=False, weight=None, visible=False):
+    def forward(self, idx, targets=None, image=None, keep=None, return_gates=False, weight=None, visible=False, n_target=None):
         """idx (B,T) int64, image (B,K,image_dim) or None -> (logits (B,T,V), None), or with targets (B,T), -1 ignored,
         (None, mean loss in nats); with return_gates also gates (n_layer,B,T). In training the contrastive term is added.
         keep (B,k), ascending: only these positions are run, as if the others were not in the text; visible: the others are still seen
-        by self-attention, as they were embedded. weight (B,k): the loss is the sum of weight * loss instead of the mean."""
+        by self-attention, as they were embedded. weight (B,k): the loss is the sum of weight * loss instead of the mean.
+        n_target: how many targets are not -1, where the caller knows."""
         h, gates, pooled, first = self.trunk(idx, image, keep=keep, visible=visible)
         if keep is not None:
             idx, targets = idx.gather(1, keep), None if targets is None else targets.gather(1, keep)  # (B, k)
@@ -425,10 +426,11 @@ class GateVLM(nn.Module):
             logits, loss = self.logits(h), None
         else:
             real = targets != -1  # (B, T); padding never reaches the head
-            h, targets = h[real], targets[real]  # (N, D), (N,)
-            scale = torch.full_like(targets, 1 / len(targets), dtype=torch.float32) if weight is None else weight[real]
-            logits, (loss, losses) = None, HeadLoss.apply(h, self.head.weight[:self.config.vocab_size], targets, scale)
-            self.loss_parts, self.target_losses = {"language": loss.detach()}, losses.detach()
+            # where the real targets stand; a GPU that is told how many there are need not stop to count them
+            at = torch.nonzero_static(real.flatten(), size=int(real.sum()) if n_target is None else n_target)[:, 0]  # (N,)
+            scale = torch.full_like(at, 1 / len(at), dtype=torch.float32) if weight is None else weight.flatten()[at]
+            logits, (loss, losses) = None, HeadLoss.apply(h.flatten(0, 1)[at], self.head.weight[:self.config.vocab_size], targets.flatten()[at], scale)
+            self.loss_parts, self.target_losses, self.target_at = {"language": loss.detach()}, losses, at
             if self.training and image is not None and self.config.contrastive != "none":
                 extra = self.contrastive(idx, first, real, pooled)
                 self.loss_parts["contrastive"] = extra.detach()

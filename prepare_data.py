@@ -654,9 +654,8 @@ class Data:
         """Captions ids -> idx (B,T), targets (B,T) with -1 after the end, image (B,K,image_dim) float32 or None; T is padded to a multiple."""
         length = self.lengths(split, block_size, ids)
         T = min(-(-length.max() // multiple) * multiple, block_size)
-        targets = np.full((len(ids), T), -1)
-        for row, (start, n) in enumerate(zip(self.offset[split][ids], length)):
-            targets[row, :n] = self.tokens[split][start:start + n]
+        place = self.offset[split][ids][:, None] + np.arange(T)  # (B, T)
+        targets = np.where(np.arange(T) < length[:, None], self.tokens[split][np.minimum(place, len(self.tokens[split]) - 1)].astype(np.int64), -1)
         idx = np.full_like(targets, self.eot)  # a caption starts after <eot>; padding holds it too, to the right of all that counts
         idx[:, 1:] = np.where(targets[:, :-1] == -1, self.eot, targets[:, :-1])
         rows = self.image_row[split][ids] if image_rows is None else image_rows

@@ -210,7 +210,10 @@ def load_batch(batch, config, model_config, data, device):
     else:
         idx, targets, image = data.caption_batch("train", rows, model_config.block_size, multiple=config.length_multiple,
                                                  images=model_config.n_image_token > 0)
-    return [None if x is None else torch.from_numpy(np.ascontiguousarray(x)).to(device, non_blocking=True) for x in (idx, targets, image)]
+    tensors = [None if x is None else torch.from_numpy(np.ascontiguousarray(x)) for x in (idx, targets, image)]
+    if torch.device(device).type == "cuda":  # only from pinned memory is a copy made while the GPU computes
+        tensors = [None if x is None else x.pin_memory() for x in tensors]
+    return [None if x is None else x.to(device, non_blocking=True) for x in tensors]
 
 
 def target_places(batch, T, data, device):
@@ -490,6 +493,7 @@ def train(config, model_config, data, state=None):
                 share = n_target(part, model_config, data, k) / n_kept * world  # DDP averages over ranks; every token counts the same
                 if not len(part[1]):
                     part = kind, rows[:1]  # every rank has to take part in the reduction, if only with weight 0
+                n_part = n_target(part, model_config, data, k)
                 idx, targets, image = load_batch(part, config, model_config, data, device)
                 keep = weight = None
                 if elides:
@@ -503,14 +507,14 @@ def train(config, model_config, data, state=None):
                 last = micro == config.grad_accum - 1
                 with nullcontext() if last or world == 1 else model.no_sync():
                     with precision:
-                        _, total, gates = model(idx, targets, image, keep, return_gates=True, weight=weight, visible=config.elide_visible)
+                        _, total, gates = model(idx, targets, image, keep, return_gates=True, weight=weight, visible=config.elide_visible, n_target=n_part)
                     (total * share).backward()
                 loss += raw.loss_parts["language"] * share / world
                 if keep is not None:
                     targets, place = targets.gather(1, keep), place.gather(1, keep)
                 if elides:
-                    real = targets != -1 if share else torch.zeros_like(targets, dtype=torch.bool)
-                    news = place[real], raw.target_losses[:real.sum()], 1 - gates.detach()[looking].float().mean(dim=0)[real]
+                    at = raw.target_at[:n_part if share else 0]
+                    news = place.flatten()[at], raw.target_losses[:len(at)], 1 - gates.detach()[looking].float().mean(dim=0).flatten()[at]
                     for told in [news] if world == 1 else gather(news):
                         elision.update(kind, *told)
                 if "contrastive" in raw.loss_parts:

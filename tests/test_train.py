@@ -684,9 +684,12 @@ def assert_same_training(a, b):
     a, b = state(a), state(b)
     names = [name for name in a["model"] if name not in ("gate_temperature", "image_encoder.mean", "image_encoder.std", "head.weight")]
     names.sort(key=lambda name: a["model"][name].dim() < 2)  # the optimizer's order: matrices, then vectors
-    assert a["optimizers"][0]["state"].keys() == b["optimizers"][0]["state"].keys() == set(range(len(names)))
+    without = {i for i, name in enumerate(names) if ".cross.query." in name and a["model_config"]["n_image_token"] == 1}  # one key needs no query
+    assert a["optimizers"][0]["state"].keys() == b["optimizers"][0]["state"].keys() == set(range(len(names))) - without
     compared = 0
     for i, name in enumerate(names):
+        if i in without:
+            continue
         x, y = a["optimizers"][0]["state"][i], b["optimizers"][0]["state"][i]
         torch.testing.assert_close(x["exp_avg"], y["exp_avg"], rtol=1e-3, atol=2e-6)
         real = x["exp_avg_sq"].sqrt() > 1e-5
@@ -831,6 +834,8 @@ def test_weight_decay_by_hand(toy, tmp_path):
     torch.manual_seed(3)
     start = dict(GateVLM(config).named_parameters())
     for name, weight in start.items():
+        if ".cross.query." in name:
+            continue  # one image token needs no query, which then has no gradient
         expected = plain[name] - (0.02 * weight.detach() if weight.dim() >= 2 else 0)
         torch.testing.assert_close(decayed[name], expected, rtol=2e-7, atol=1e-7)  # rounding of float32
 
