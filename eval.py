@@ -10,7 +10,6 @@ import itertools
 import json
 import math
 import os
-import sys
 from collections import Counter
 from contextlib import contextmanager
 
@@ -19,7 +18,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from tqdm import tqdm
 
-from gatevlm import InputError, load_checkpoint, load_model, pick_device
+from gatevlm import InputError, load_checkpoint, load_model, pick_device, run_script
 from prepare_data import Data, check_same_tokenizer, load_meta, load_npy, load_tokenizer, make_encoder, open_picture, read_json, read_lines, unpatch, write_json
 
 # the five benchmarks, and the share of items that guessing gets right, in percent
@@ -951,8 +950,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (InputError, OSError) as error:
-        print(f"eval.py: {error}", file=sys.stderr)
-        sys.exit(2)
+    run_script(main)

@@ -14,6 +14,8 @@ Letters in shape comments: B batch, T text positions, K image tokens, D width (n
 """
 import math
 import os
+import sys
+import zipfile
 from dataclasses import asdict, dataclass, field
 
 import torch
@@ -29,6 +31,18 @@ CONTRASTIVES = ("none", "clip", "lcg")
 
 class InputError(ValueError):
     """What the user gave cannot be used; the scripts print it as one line and exit with status 2."""
+
+
+def run_script(main):
+    """main() as a command: wrong input and a failing disk end in one line and status 2, Ctrl-C in status 130."""
+    sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a letter shows a ?
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except (InputError, OSError) as error:
+        print(f"{os.path.basename(sys.argv[0])}: {error}", file=sys.stderr)
+        sys.exit(2)
 
 
 def option(default, help, choices=None):
@@ -524,13 +538,21 @@ def pick_device(wanted, local_rank=0):
     return device
 
 
-def save_checkpoint(path, checkpoint):
-    """Write a dict of plain values and tensors; a crash leaves the old file or the new one, never half of one."""
+def save_checkpoint(path, checkpoint, previous=None):
+    """Write a dict of plain values and tensors; a crash or a full disk leaves the old file or the new one, never half of one. The
+    old one stays under the name previous, if one is given."""
     part = f"{path}.part"
-    with open(part, "wb") as f:
-        torch.save(checkpoint, f)
-        f.flush()
-        os.fsync(f.fileno())
+    try:
+        with open(part, "wb") as f:
+            torch.save(checkpoint, f)
+            f.flush()
+            os.fsync(f.fileno())
+    except (OSError, RuntimeError) as error:  # torch makes a RuntimeError of a full disk
+        if os.path.exists(part):
+            os.unlink(part)
+        raise InputError(f"{path}: cannot be written ({str(error).splitlines()[0]}); what was saved before is as it was") from error
+    if previous and os.path.exists(path):
+        os.replace(path, previous)
     os.replace(part, path)
 
 
@@ -539,10 +561,14 @@ def load_checkpoint(path, device="cpu"):
     if not os.path.isfile(path):
         raise InputError(f"{path}: no such checkpoint; train one with train.py")
     try:
-        checkpoint = torch.load(path, map_location=device, weights_only=True)
+        with zipfile.ZipFile(path) as parts:  # torch does not look at the checksums of its own format
+            damaged = parts.testzip()
+        checkpoint = None if damaged else torch.load(path, map_location=device, weights_only=True)
     except Exception as error:  # torch raises a different class for every way a file can be damaged
         raise InputError(f"{path}: not a readable checkpoint ({type(error).__name__})") from error
-    if not isinstance(checkpoint, dict) or not {"model", "model_config"} <= set(checkpoint):
+    if damaged:
+        raise InputError(f"{path}: not a readable checkpoint (the checksum of its part {damaged} is wrong)")
+    if not isinstance(checkpoint, dict) or not all(isinstance(checkpoint.get(key), dict) for key in ("model", "model_config")):
         raise InputError(f"{path}: not a gatevlm checkpoint (no 'model' and 'model_config' in it)")
     return checkpoint
 
@@ -554,6 +580,6 @@ def load_model(run, checkpoint="best.pt", device="cpu"):
     try:
         model = GateVLM(GateVLMConfig(**state["model_config"])).to(device)
         model.load_state_dict(state["model"])
-    except (TypeError, AttributeError, RuntimeError, InputError) as error:
+    except (TypeError, AttributeError, RuntimeError, KeyError, InputError) as error:
         raise InputError(f"{path}: made by another version of gatevlm: {str(error).splitlines()[0]}") from error
     return model.eval()

@@ -23,15 +23,20 @@ import os
 import random
 import re
 import shutil
-import sys
 from collections import Counter, defaultdict
+from contextlib import contextmanager
 
 import numpy as np
 import tiktoken
 from PIL import Image, ImageDraw, ImageOps
 from tqdm import tqdm
 
-from gatevlm import InputError
+from gatevlm import InputError, run_script
+
+try:
+    import fcntl
+except ImportError:  # Windows has no flock
+    fcntl = None
 
 # ----------------------------------------------------------------------------------------------------------------------
 # 1. the toy world: two objects in a relation, described by a speaker whose every choice has a known probability
@@ -205,7 +210,7 @@ def train_bpe(texts, vocab_size):
     pair is left. Each merge touches only the words that contain the pair."""
     counts = Counter()
     for text in texts:
-        counts.update(re.findall(PATTERN, text))
+        counts.update(word for word in re.findall(PATTERN, text) if len(word) <= 64)  # a longer one teaches nothing and slows every merge
     words = [[list(word.encode()), n] for word, n in sorted(counts.items())]  # [ids, how often]
     tokens = [bytes([i]) for i in range(256)]
     pairs, where = Counter(), defaultdict(set)  # how often a pair occurs, and in which words
@@ -262,16 +267,25 @@ def make_tokenizer(kind, texts, vocab_size):
     return ranks, {"pattern": PATTERN, "special": {EOT: len(ranks)}}
 
 
+def make_encoding(ranks, entry):
+    """The tiktoken Encoding of ranks and of what make_tokenizer says about them."""
+    return tiktoken.Encoding("gatevlm", pat_str=entry["pattern"], mergeable_ranks=ranks, special_tokens=entry["special"])
+
+
 def load_tokenizer(folder):
     """The tiktoken Encoding of a data folder or run folder; its eot_token ends every document."""
-    meta = load_meta(folder)["tokenizer"]
-    path = os.path.join(folder, "tokenizer.tiktoken")
+    meta = load_meta(folder)
+    path = check_whole(folder, meta, "tokenizer.tiktoken")
     try:
         with open(path, "rb") as f:
             ranks = {base64.b64decode(token): int(rank) for token, rank in (line.split() for line in f if line.strip())}
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: not a tiktoken file of 'base64 rank' lines ({error})") from error
-    return tiktoken.Encoding("gatevlm", pat_str=meta["pattern"], mergeable_ranks=ranks, special_tokens=meta["special"])
+        encoding = make_encoding(ranks, meta["tokenizer"])
+        if encoding.max_token_value + 1 != meta["vocab_size"]:
+            raise ValueError(f"{encoding.max_token_value + 1} ids, but {meta['vocab_size']} in meta.json")
+        encoding.eot_token
+    except Exception as error:  # tiktoken raises plain ValueErrors and KeyErrors, and what its regular expressions raise
+        raise InputError(f"{path}: not a tiktoken file of 'base64 rank' lines that fits meta.json ({error})") from error
+    return encoding
 
 
 def check_same_tokenizer(run, data):
@@ -330,7 +344,7 @@ def open_picture(path):
             if picture.mode.startswith("I"):  # 16 bits per pixel, which convert() would clip to white
                 picture = Image.fromarray((np.asarray(picture) >> 8).clip(0, 255).astype(np.uint8))
             return ImageOps.exif_transpose(picture).convert("RGB")
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise InputError(f"{path}: not a readable picture ({error})") from error
 
 
@@ -348,6 +362,12 @@ def make_encoder(encoder, n_image_token):
 # ----------------------------------------------------------------------------------------------------------------------
 # 4. readers: BabyLM files and your own photos
 
+def check_spaces(where, text):
+    """InputError for a gap so wide that tiktoken's regular expressions run out of stack in it."""
+    if len(text) > 100_000 and re.search(r"\s{100000}", text):
+        raise InputError(f"{where}: more than 100,000 spaces in a row; expected text")
+
+
 def read_lines(path):
     """Yield (line number, line) of a UTF-8 text file, LF or CRLF, with or without BOM; InputError names a bad line."""
     if not os.path.isfile(path):
@@ -355,9 +375,11 @@ def read_lines(path):
     with open(path, "rb") as f:
         for number, line in enumerate(f, 1):
             try:
-                yield number, line.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
+                text = line.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
             except UnicodeDecodeError as error:
                 raise InputError(f"{path}, line {number}: not UTF-8 text ({error.reason} at byte {error.start})") from error
+            check_spaces(f"{path}, line {number}", text)
+            yield number, text
 
 
 def documents(paths, lines_per_document, keep=1.0, seed=0):
@@ -419,6 +441,7 @@ def check_captions(path, captions):
             caption.encode()
         except UnicodeEncodeError as error:
             raise InputError(f"{path}, row {row}: {error.object[error.start]!r} is half a character (a lone surrogate), not text") from error
+        check_spaces(f"{path}, row {row}", caption)
     return captions
 
 
@@ -426,8 +449,8 @@ def load_npy(path):
     """A .npy array, mapped from disk; InputError for anything else."""
     try:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        raise InputError(f"{path}: not a whole .npy file ({error})") from error
+    except Exception as error:  # numpy reads the header as Python, and raises whatever Python's tokenizer does
+        raise InputError(f"{path}: not a whole .npy file ({str(error).splitlines()[0] if str(error) else type(error).__name__})") from error
     if not isinstance(array, np.ndarray):
         raise InputError(f"{path}: an archive of arrays; expected one .npy array")
     return array
@@ -564,43 +587,74 @@ def write_folder(out, text, captions, tokenizer, meta, max_caption, overwrite, e
     if os.path.exists(out) and not (overwrite and os.path.isfile(os.path.join(out, "meta.json"))):
         raise InputError(f"{out}: exists already; --overwrite replaces a data folder, --out writes elsewhere")
     part = f"{out.rstrip('/')}.part"
-    shutil.rmtree(part, ignore_errors=True)
-    os.makedirs(part)
-    try:
-        ranks, meta["tokenizer"] = make_tokenizer(*tokenizer)
-        meta["vocab_size"] = max(*ranks.values(), *meta["tokenizer"]["special"].values()) + 1
-        if meta["vocab_size"] > 65536:
-            raise InputError(f"a vocabulary of {meta['vocab_size']} ids does not fit the 16 bits of a .bin file; expected at most 65536")
-        with open(os.path.join(part, "tokenizer.tiktoken"), "wb") as f:
-            f.writelines(base64.b64encode(token) + b" %d\n" % rank for token, rank in sorted(ranks.items(), key=lambda x: x[1]))
-        write_json(os.path.join(part, "meta.json"), meta)
-        encoding, count, jobs = load_tokenizer(part), {}, []
-        for split in "train", "val":
-            count[f"text_{split}_documents"], count[f"text_{split}_tokens"] = write_text(
-                os.path.join(part, f"text_{split}.bin"), iter(text[split]()), encoding)
-            sentences, rows, fetch = captions[split]
-            stem = os.path.join(part, f"caption_{split}")
-            count[f"caption_{split}"] = len(sentences)
-            count[f"caption_{split}_tokens"], count[f"caption_{split}_cut"] = write_captions(stem, sentences, encoding, max_caption)
-            unique, inverse = np.unique(rows, return_inverse=True)
-            np.save(f"{stem}_image.npy", (inverse + sum(len(rows) for _, rows in jobs)).astype(np.int32))
-            count[f"image_{split}"] = len(unique)
-            jobs.append((fetch, unique))
-        write_images(os.path.join(part, "image.npy"), jobs, meta["n_image_token"], meta["image_dim"])
-        meta["count"] = count
-        if extra:
-            meta.update(extra(part, encoding))
-        files = sorted(os.path.relpath(os.path.join(d, f), part) for d, _, names in os.walk(part) for f in names if f != "meta.json")
-        meta["sha256"] = {f: sha256(os.path.join(part, f)) for f in files}
-        write_json(os.path.join(part, "meta.json"), meta)
-        if os.path.exists(out):
-            os.rename(out, f"{part}.old")
-        os.rename(part, out)
-        shutil.rmtree(f"{part}.old", ignore_errors=True)
-    except BaseException:
-        shutil.rmtree(part, ignore_errors=True)
-        raise
+    with locked(part):
+        try:
+            for left in os.scandir(part):  # by a run that was killed
+                shutil.rmtree(left) if left.is_dir() else os.unlink(left)
+            meta = fill_folder(part, text, captions, tokenizer, meta, max_caption, extra)
+            if os.path.exists(out):
+                os.rename(out, f"{part}.old")
+            os.rename(part, out)
+            shutil.rmtree(f"{part}.old", ignore_errors=True)
+        except BaseException as error:
+            shutil.rmtree(part, ignore_errors=True)
+            if isinstance(error, OSError) and not error.filename:
+                raise InputError(f"{out}: cannot be written ({error})") from error
+            raise
     return meta
+
+
+def fill_folder(folder, text, captions, tokenizer, meta, max_caption, extra):
+    """Write every file of a data folder, of what write_folder takes; returns its meta."""
+    ranks, meta["tokenizer"] = make_tokenizer(*tokenizer)
+    meta["vocab_size"] = max(*ranks.values(), *meta["tokenizer"]["special"].values()) + 1
+    if meta["vocab_size"] > 65536:
+        raise InputError(f"a vocabulary of {meta['vocab_size']} ids does not fit the 16 bits of a .bin file; expected at most 65536")
+    with open(os.path.join(folder, "tokenizer.tiktoken"), "wb") as f:
+        f.writelines(base64.b64encode(token) + b" %d\n" % rank for token, rank in sorted(ranks.items(), key=lambda x: x[1]))
+    encoding, count, jobs = make_encoding(ranks, meta["tokenizer"]), {}, []
+    for split in "train", "val":
+        count[f"text_{split}_documents"], count[f"text_{split}_tokens"] = write_text(
+            os.path.join(folder, f"text_{split}.bin"), iter(text[split]()), encoding)
+        sentences, rows, fetch = captions[split]
+        stem = os.path.join(folder, f"caption_{split}")
+        count[f"caption_{split}"] = len(sentences)
+        count[f"caption_{split}_tokens"], count[f"caption_{split}_cut"] = write_captions(stem, sentences, encoding, max_caption)
+        unique, inverse = np.unique(rows, return_inverse=True)
+        np.save(f"{stem}_image.npy", (inverse + sum(len(rows) for _, rows in jobs)).astype(np.int32))
+        count[f"image_{split}"] = len(unique)
+        jobs.append((fetch, unique))
+    write_images(os.path.join(folder, "image.npy"), jobs, meta["n_image_token"], meta["image_dim"])
+    meta["count"] = count
+    if extra:
+        meta.update(extra(folder, encoding))
+    files = sorted(os.path.relpath(os.path.join(d, f), folder) for d, _, names in os.walk(folder) for f in names)
+    meta["sha256"] = {f: sha256(os.path.join(folder, f)) for f in files}
+    write_json(os.path.join(folder, "meta.json"), meta)
+    return meta
+
+
+@contextmanager
+def locked(folder):
+    """Make a folder and keep other runs out of it: two that write to one folder would ruin both. The lock ends with its process."""
+    os.makedirs(folder, exist_ok=True)
+    if fcntl is None:
+        yield
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        os.close(handle)
+        raise InputError(f"{folder}: another run is writing there; wait for its end, or choose another --out") from error
+    except OSError as error:  # some network file systems have no locks
+        print(f"{folder}: cannot be locked ({error.strerror}); take care that no other run writes there")
+    try:
+        yield
+    finally:
+        if os.path.isdir(folder) and not os.listdir(folder):
+            os.rmdir(folder)  # nothing came of it
+        os.close(handle)
 
 
 def write_json(path, value):
@@ -610,37 +664,63 @@ def write_json(path, value):
     os.replace(f"{path}.part", path)
 
 
+META = {"vocab_size": int, "image_dim": int, "n_image_token": int, "encoder": str, "count": dict, "tokenizer": dict, "sha256": dict}
+
+
 def load_meta(folder):
+    """meta.json of a data folder or run folder, with fields of the right types."""
     path = os.path.join(folder, "meta.json")
     if not os.path.isfile(path):
         raise InputError(f"{path}: not there; prepare_data.py makes data folders")
-    return read_json(path)
+    meta = read_json(path)
+    for name, kind in META.items():
+        if not isinstance(meta, dict) or type(meta.get(name)) is not kind:
+            raise InputError(f"{path}: expected {name}, a {kind.__name__}; it is damaged or of another version, prepare the data again")
+    if any(name in meta and type(meta[name]) is not float for name in ("floor_with_image", "floor_text_only")) or not isinstance(meta.get("upos", {}), dict):
+        raise InputError(f"{path}: expected floors that are numbers and a table upos; prepare the data again")
+    return meta
+
+
+def check_whole(folder, meta, name):
+    """The path of a file that prepare_data.py wrote; InputError unless it is as it was written."""
+    path = os.path.join(folder, name)
+    if not os.path.isfile(path) or sha256(path) != meta["sha256"].get(name):
+        raise InputError(f"{path}: missing or changed since prepare_data.py wrote it (its sha256 is not the one in meta.json); prepare the data again")
+    return path
 
 
 class Data:
-    """A data folder, opened without reading it into memory. text[split] is a uint16 stream; captions come from caption_batch."""
+    """A data folder, opened without reading it into memory. text[split] is a uint16 stream; captions come from caption_batch.
+    Every file is compared with its checksum, but for the images: they can be many GB, so a batch is looked at when it is read."""
 
     def __init__(self, folder):
         self.folder, self.meta, self.encoding = folder, load_meta(folder), load_tokenizer(folder)
         self.eot, self.text, self.tokens, self.offset, self.image_row = self.encoding.eot_token, {}, {}, {}, {}
-        try:
-            self.image = np.load(os.path.join(folder, "image.npy"), mmap_mode="r")
-            for split in "train", "val":
-                self.text[split] = self.stream(f"text_{split}.bin")
-                self.tokens[split] = self.stream(f"caption_{split}.bin")
-                self.offset[split] = np.load(os.path.join(folder, f"caption_{split}_offset.npy"))
-                self.image_row[split] = np.load(os.path.join(folder, f"caption_{split}_image.npy"))
-                rows, offset = self.image_row[split], self.offset[split]
-                if offset[0] != 0 or offset[-1] != len(self.tokens[split]) or (np.diff(offset) < 1).any():
-                    raise InputError(f"{folder}/caption_{split}_offset.npy: expected rising offsets into caption_{split}.bin")
-                if len(rows) != len(offset) - 1 or len(rows) and not 0 <= rows.min() <= rows.max() < len(self.image):
-                    raise InputError(f"{folder}/caption_{split}_image.npy: expected one row of image.npy per caption")
-        except (OSError, ValueError, EOFError, IndexError) as error:
-            raise error if isinstance(error, InputError) else InputError(f"{folder}: damaged data folder ({error}); prepare it again") from error
+        shape = self.meta["n_image_token"], self.meta["image_dim"]
+        self.image = load_npy(os.path.join(folder, "image.npy"))
+        if self.image.dtype != np.float16 or self.image.shape[1:] != shape:
+            raise InputError(f"{folder}/image.npy: expected float16 of shape (n, {shape[0]}, {shape[1]}), found {self.image.dtype} {self.image.shape}")
+        for split in "train", "val":
+            self.text[split] = self.stream(f"text_{split}.bin")
+            self.tokens[split] = self.stream(f"caption_{split}.bin")
+            self.offset[split] = np.load(check_whole(folder, self.meta, f"caption_{split}_offset.npy"))
+            self.image_row[split] = np.load(check_whole(folder, self.meta, f"caption_{split}_image.npy"))
+            if (self.image_row[split] >= len(self.image)).any():
+                raise InputError(f"{folder}/image.npy: {len(self.image)} rows, and caption_{split}_image.npy asks for more; prepare the data again")
 
     def stream(self, name):
-        path = os.path.join(self.folder, name)  # numpy cannot map an empty file
+        path = check_whole(self.folder, self.meta, name)  # numpy cannot map an empty file
         return np.memmap(path, np.uint16, "r") if os.path.getsize(path) else np.zeros(0, np.uint16)
+
+    def images(self, rows):
+        """Features of rows of image.npy, (B,K,image_dim) float32; InputError names a row with NaN or inf in it."""
+        with np.errstate(all="ignore"):
+            x = self.image[rows].astype(np.float32)
+            whole = np.isfinite(x.sum())
+        if not whole:
+            bad = rows[~np.isfinite(x).all(axis=(1, 2))]
+            raise InputError(f"{self.folder}/image.npy, row {bad[0]}: NaN or inf; the data are damaged, prepare them again")
+        return x
 
     def lengths(self, split, block_size, ids=slice(None)):
         """Tokens of captions ids (all of them by default) with their <eot>, cut to block_size: (n,)."""
@@ -659,7 +739,7 @@ class Data:
         idx = np.full_like(targets, self.eot)  # a caption starts after <eot>; padding holds it too, to the right of all that counts
         idx[:, 1:] = np.where(targets[:, :-1] == -1, self.eot, targets[:, :-1])
         rows = self.image_row[split][ids] if image_rows is None else image_rows
-        return idx, targets, self.image[rows].astype(np.float32) if images else None
+        return idx, targets, self.images(rows) if images else None
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -829,8 +909,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (InputError, OSError) as error:
-        print(f"prepare_data.py: {error}", file=sys.stderr)
-        sys.exit(2)
+    run_script(main)

@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 import eval as evaluation
 import prepare_data
-from gatevlm import GateVLM, GateVLMConfig, InputError, check_fields, keep_best, keep_sampled, load_checkpoint, load_model, option, pick_device, save_checkpoint
+from gatevlm import GateVLM, GateVLMConfig, InputError, check_fields, keep_best, keep_sampled, load_checkpoint, load_model, option, pick_device, run_script, save_checkpoint
 
 # ----------------------------------------------------------------------------------------------------------------------
 # configuration
@@ -366,15 +366,41 @@ class Elision:
 def image_statistics(data):
     """Mean and standard deviation (image_dim,) of the training images, from at most 2,000 of them."""
     rows = np.unique(data.image_row["train"])
-    x = torch.from_numpy(data.image[rows[::-(-len(rows) // 2000)]].astype(np.float32)).flatten(0, 1)  # (n * K, image_dim)
+    x = torch.from_numpy(data.images(rows[::-(-len(rows) // 2000)])).flatten(0, 1)  # (n * K, image_dim)
     std = x.std(dim=0, correction=0)
     return x.mean(dim=0), std + 1e-3 * std.mean() + 1e-12  # a feature that never varies is not blown up
 
 
 def read_log(path):
     """The lines of log.jsonl; a last line that a crash cut short is left out."""
-    with open(path, encoding="utf-8") as f:
-        return [json.loads(line) for line in f if line.endswith("\n")]
+    lines = []
+    with open(path, encoding="utf-8", errors="replace") as f:
+        whole = [line for line in f if line.endswith("\n")]
+    for number, line in enumerate(whole, 1):
+        try:
+            lines.append(json.loads(line))
+            lines[-1]["step"] + 0  # a number, or it is no line of ours
+        except (ValueError, TypeError, KeyError, RecursionError) as error:
+            raise InputError(f"{path}, line {number}: not a line of a training log, {line!r:.60}; take it out to go on") from error
+    return lines
+
+
+def read_state(out):
+    """The newest whole checkpoint of a run: last.pt or, where that is damaged or missing, the one before it."""
+    paths = [os.path.join(out, name) for name in ("last.pt", "previous.pt")]
+    for path in paths:
+        try:
+            state = load_checkpoint(path)
+            names, known = set(state.get("config", ())), {f.name for f in fields(TrainConfig)}
+            if not names or "now" not in state or "optimizers" not in state:
+                raise InputError(f"{path}: holds no state of a training run")
+            if names != known:
+                raise InputError(f"{path}: made by another version of gatevlm, with other flags ({', '.join(sorted(names ^ known))})")
+            return state
+        except InputError as error:
+            if path == paths[-1] or not os.path.exists(paths[-1]):
+                raise
+            print(f"{error}; going on from {paths[-1]}")
 
 
 def train(config, model_config, data, state=None):
@@ -394,10 +420,13 @@ def train(config, model_config, data, state=None):
     kinds = config.epoch_kinds()
     now = {"step": 0, "epoch": 0, "cursor": 0, "caption_step": 0, "tokens_seen": 0, "tokens_processed": 0, "seconds": 0.0, "best": math.inf, "best_step": 0}
     if state:
-        raw.load_state_dict(state["model"])
-        for optimizer, saved in zip(optimizers, state["optimizers"]):
-            optimizer.load_state_dict(saved)
-        now |= state["now"]
+        try:
+            raw.load_state_dict(state["model"])
+            for optimizer, saved in zip(optimizers, state["optimizers"]):
+                optimizer.load_state_dict(saved)
+            now |= state["now"]
+        except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise InputError(f"{config.out}: its checkpoint does not fit this version of gatevlm ({str(error).splitlines()[0]})") from error
     elision = None
     if config.elide != "none":
         if rank:
@@ -423,7 +452,7 @@ def train(config, model_config, data, state=None):
     plan = epoch_plan(kinds[now["epoch"]], now["epoch"], config, model_config.block_size, data)
 
     path = lambda name: os.path.join(config.out, name)
-    log, signals, bad = None, [], torch.zeros((), device=device)
+    signals, bad = [], torch.zeros((), device=device)
     if main_process:
         lines = [line for line in read_log(path("log.jsonl")) if line["step"] <= now["step"]] if state else []
         with open(path("log.jsonl.part"), "w", encoding="utf-8") as f:
@@ -431,20 +460,23 @@ def train(config, model_config, data, state=None):
         os.replace(path("log.jsonl.part"), path("log.jsonl"))
         if config.keep_checkpoints:
             os.makedirs(path("checkpoints"), exist_ok=True)
-        log = open(path("log.jsonl"), "a", encoding="utf-8")
         print(f"{raw.n_parameter():,} parameters on {device}; {n_step:,} steps: {kinds}")
     handlers = {s: signal.signal(s, lambda number, frame: signals.append(number)) for s in (signal.SIGINT, signal.SIGTERM)}
 
     def write_log(line):
         if main_process:
-            log.write(json.dumps(line) + "\n")
-            log.flush()
+            try:
+                with open(path("log.jsonl"), "a", encoding="utf-8") as f:
+                    f.write(json.dumps(line) + "\n")
+            except OSError as error:
+                raise InputError(f"{path('log.jsonl')}: cannot be written ({error.strerror}); make room and go on with --resume --out {config.out}") from error
 
     def save(name):
         if main_process:
             save_checkpoint(path(name), {"model": raw.state_dict(), "model_config": asdict(model_config), "config": asdict(config),
                                          "optimizers": [optimizer.state_dict() for optimizer in optimizers], "now": now,
-                                         **({"elision": elision.state()} if elision and name == "last.pt" else {})})
+                                         **({"elision": elision.state()} if elision and name == "last.pt" else {})},
+                            path("previous.pt") if name == "last.pt" else None)
 
     def evaluate():
         """Validation losses into the log; best.pt is kept by the caption loss, or the text loss where no captions are trained."""
@@ -460,8 +492,15 @@ def train(config, model_config, data, state=None):
 
     def check_finite():
         if bad.item():
-            raise InputError(f"the loss or its gradient became NaN or inf at step {int(bad.item())} (epoch {now['epoch']}, kind {kinds[now['epoch']]}); "
-                             "nothing was saved since. A new run with a lower --lr or more --warmup_steps is the usual cure")
+            epoch, cursor = 0, int(bad.item()) - 1
+            while cursor >= len(plans[kinds[epoch]]):
+                cursor -= len(plans[kinds[epoch]])
+                epoch += 1
+            kind, rows = epoch_plan(kinds[epoch], epoch, config, model_config.block_size, data)[cursor]
+            shown = ", ".join(map(str, rows[:4])) + (", ..." if len(rows) > 4 else "")
+            what = f"captions {shown}" if kind == "C" else f"text from tokens {shown}"
+            raise InputError(f"the loss or its gradient became NaN or inf at step {int(bad.item())} (epoch {epoch}, batch {cursor} of it: {what}). The data are finite, "
+                             "so the run has diverged; nothing was saved since. A new run with a lower --lr or more --warmup_steps is the usual cure")
 
     looking = evaluation.looking(raw) or [0]
     raw.train()
@@ -576,8 +615,6 @@ def train(config, model_config, data, state=None):
         progress.close()
         for s, handler in handlers.items():
             signal.signal(s, handler)
-        if main_process:
-            log.close()
     return now["step"] == n_step
 
 
@@ -627,9 +664,15 @@ def finish(config, data):
 def main(argv=None):
     """Train from command line flags; returns the summary, or None when the run stopped early to be resumed."""
     preset, resume, flags = parse(argv)
-    world, main_process = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0)) == 0
-    out = flags.pop("out", "") or os.path.join("out", preset)
-    state = load_checkpoint(os.path.join(out, "last.pt")) if resume else None
+    out, main_process = flags.pop("out", "") or os.path.join("out", preset), int(os.environ.get("RANK", 0)) == 0
+    with prepare_data.locked(out) if main_process else nullcontext():
+        return start(preset, resume, flags, out, main_process)
+
+
+def start(preset, resume, flags, out, main_process):
+    """Start a run in the folder out, or go on with the one in it."""
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    state = read_state(out) if resume else None
     if state:
         values = state["model_config"] | state["config"]
         for name, value in flags.items():
@@ -644,20 +687,22 @@ def main(argv=None):
             values["data"] = os.path.join("data", "toy16" if values.get("n_image_token", 1) == 16 else "toy")
             if not os.path.exists(values["data"]) and main_process:
                 prepare_data.main(["toy", "--out", values["data"], "--n_image_token", str(values.get("n_image_token", 1))])
-        if os.path.exists(os.path.join(out, "last.pt")):
+        if any(os.path.exists(os.path.join(out, name)) for name in ("last.pt", "previous.pt")):
             raise InputError(f"{out} holds a run already: --resume goes on with it, --out starts another")
     if world > 1:
         on_cuda = pick_device(values.get("device", "auto"), int(os.environ.get("LOCAL_RANK", 0))).type == "cuda"
         dist.init_process_group("nccl" if on_cuda else "gloo", timeout=timedelta(hours=4))  # reference losses may take that long
         dist.barrier()  # until the first process has made the data
     data = prepare_data.Data(values["data"])
+    if state and (was := prepare_data.load_meta(out)["sha256"]) != data.meta["sha256"]:
+        changed = sorted(name for name in {*was, *data.meta["sha256"]} if was.get(name) != data.meta["sha256"].get(name))
+        raise InputError(f"{data.folder}: not the data that the run in {out} was started with ({', '.join(changed[:3])} differ); --resume needs the same")
     config, model_config = make_configs(values, data)
     if config.elide in WITH_TEACHER:
         load_teacher(config.teacher, data)
     if config.elide == "gate" and (model_config.gate == "none" or not model_config.n_image_token):
         raise InputError("--elide gate needs a model with gates and images")
     if main_process and not state:
-        os.makedirs(out, exist_ok=True)
         prepare_data.write_json(os.path.join(out, "config.json"), {"preset": preset, "train": asdict(config), "model": asdict(model_config)})
         for name in "tokenizer.tiktoken", "meta.json":
             shutil.copy(os.path.join(data.folder, name), out)
@@ -672,8 +717,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (InputError, OSError) as error:
-        print(f"train.py: {error}", file=sys.stderr)
-        sys.exit(2)
+    run_script(main)

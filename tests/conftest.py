@@ -18,3 +18,8 @@ def toy(tmp_path_factory):
 def toy16(tmp_path_factory):
     return prepare_data.main(["toy", "--n_image", "100", "--n_text", "100", "--n_image_token", "16",
                               "--out", str(tmp_path_factory.mktemp("data") / "toy16")])
+
+
+def pytest_addoption(parser):
+    parser.addoption("--kills", type=int, default=8, help="how often test_faults.py kills a training run (60 takes some minutes)")
+    parser.addoption("--mutations", type=int, default=1, help="damaged files per file and kind of damage in test_faults.py")

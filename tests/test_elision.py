@@ -374,6 +374,9 @@ def test_captions_without_any_text(tmp_path, letters, teacher):
     folder = str(tmp_path / "data")
     shutil.copytree(letters, folder)
     open(os.path.join(folder, "text_train.bin"), "w").close()
+    meta = prepare_data.load_meta(folder)
+    meta["sha256"]["text_train.bin"] = prepare_data.sha256(os.path.join(folder, "text_train.bin"))
+    prepare_data.write_json(os.path.join(folder, "meta.json"), meta)
     run(tmp_path / "run", folder, f"--block_size 32 --n_image_token 2 --curriculum C --batch_tokens 240 --elide_text --teacher {teacher} {SHORT}")
 
 

@@ -738,9 +738,9 @@ def observe(out, data, flags):
     saved, shapes, order, kept = [], [], [], []
     save, forward = train.save_checkpoint, GateVLM.forward
 
-    def saving(path, checkpoint):
+    def saving(path, checkpoint, previous=None):
         saved.append((os.path.basename(path), checkpoint["now"]["step"]))
-        save(path, checkpoint)
+        save(path, checkpoint, previous)
 
     def looking(self, idx, targets=None, image=None, keep=None, **rest):
         shapes.append(tuple(idx.shape))
