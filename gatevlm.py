@@ -568,7 +568,7 @@ def load_checkpoint(path, device="cpu"):
         raise InputError(f"{path}: not a readable checkpoint ({type(error).__name__})") from error
     if damaged:
         raise InputError(f"{path}: not a readable checkpoint (the checksum of its part {damaged} is wrong)")
-    if not isinstance(checkpoint, dict) or not all(isinstance(checkpoint.get(key), dict) for key in ("model", "model_config")):
+    if not isinstance(checkpoint, dict) or not {"model", "model_config"} <= set(checkpoint):
         raise InputError(f"{path}: not a gatevlm checkpoint (no 'model' and 'model_config' in it)")
     return checkpoint
 

@@ -391,9 +391,9 @@ def read_state(out):
     for path in paths:
         try:
             state = load_checkpoint(path)
-            names, known = set(state.get("config", ())), {f.name for f in fields(TrainConfig)}
-            if not names or "now" not in state or "optimizers" not in state:
+            if not all(isinstance(state.get(key), dict) for key in ("model_config", "config", "now")) or "optimizers" not in state:
                 raise InputError(f"{path}: holds no state of a training run")
+            names, known = set(state["config"]), {f.name for f in fields(TrainConfig)}
             if names != known:
                 raise InputError(f"{path}: made by another version of gatevlm, with other flags ({', '.join(sorted(names ^ known))})")
             return state
