@@ -331,7 +331,6 @@ class HeadLoss(torch.autograd.Function):
     CHUNK = 512
 
     @staticmethod
-    @torch.compiler.disable  # the number of real targets differs in every batch
     def forward(ctx, h, weight, targets, scale):
         losses, dh, dweight = torch.zeros_like(scale), torch.zeros_like(h), torch.zeros_like(weight)
         for i in range(0, len(h), HeadLoss.CHUNK):
@@ -536,6 +535,13 @@ def pick_device(wanted, local_rank=0):
     except (RuntimeError, AssertionError) as error:
         raise InputError(f"device {wanted} is not there: {str(error).splitlines()[0]}") from error
     return device
+
+
+def compiled(model):
+    """torch.compile of the model without its head loss: the number of real targets differs in every batch. (Not a decorator on
+    HeadLoss, which would load the compiler at every start of every script.)"""
+    HeadLoss.forward = staticmethod(torch.compiler.disable(HeadLoss.forward))
+    return torch.compile(model)
 
 
 def save_checkpoint(path, checkpoint, previous=None):

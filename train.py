@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 import eval as evaluation
 import prepare_data
-from gatevlm import GateVLM, GateVLMConfig, InputError, check_fields, keep_best, keep_sampled, load_checkpoint, load_model, option, pick_device, run_script, save_checkpoint
+from gatevlm import GateVLM, GateVLMConfig, InputError, check_fields, compiled, keep_best, keep_sampled, load_checkpoint, load_model, option, pick_device, run_script, save_checkpoint
 
 # ----------------------------------------------------------------------------------------------------------------------
 # configuration
@@ -438,7 +438,7 @@ def train(config, model_config, data, state=None):
             elision.load(state["elision"])
         else:
             now["reference_seconds"] = elision.seconds
-    model = torch.compile(raw) if config.compile and on_cuda else raw
+    model = compiled(raw) if config.compile and on_cuda else raw
     if world > 1:  # text batches leave the image modules without gradients
         model = DistributedDataParallel(model, find_unused_parameters=True, broadcast_buffers=False)
     precision = torch.autocast("cuda", torch.bfloat16) if config.autocast and on_cuda and torch.cuda.is_bf16_supported() else nullcontext()

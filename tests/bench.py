@@ -20,7 +20,7 @@ import torch.nn.functional as F
 
 import eval as evaluation
 import train
-from gatevlm import GateVLM, GateVLMConfig, keep_best
+from gatevlm import GateVLM, GateVLMConfig, compiled, keep_best
 from prepare_data import Data, load_tokenizer
 
 PREPARE = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "prepare_data.py")
@@ -100,7 +100,7 @@ class BareDecoder(nn.Module):
 def stepper(model, device):
     """A function that makes one AdamW step of a model on idx, targets and image; compiled and in bfloat16 on a GPU, as train.py does."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
-    forward = torch.compile(model) if device.type == "cuda" else model
+    forward = compiled(model) if device.type == "cuda" else model
 
     def step(idx, targets, image):
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
@@ -209,7 +209,7 @@ def train_steps(args, device):
     config = GateVLMConfig(vocab_size=8192, dropout=0.1)
     model = GateVLM(config).to(device).train()
     (optimizer,) = model.optimizers(1e-5, 0.01)
-    forward = torch.compile(model) if device.type == "cuda" else model
+    forward = compiled(model) if device.type == "cuda" else model
     idx, targets = torch.randint(8192, (2, B, T), device=device)
     image = torch.randn(B, 1, config.image_dim, device=device)
     difficulty, reference = torch.rand(2, B * T, device=device)

@@ -562,7 +562,9 @@ def test_damaged_evaluation_sets(small_run, tmp_path, pytestconfig):
     for path, text in (tmp_path / "norms.tsv", "word\tconcreteness\ndog\t4.8\nis\t1.2\n"), (tmp_path / "upos.tsv", "word\tupos\ndog\tNOUN\nis\tAUX\n"):
         path.write_text(text)
     n = pytestconfig.getoption("mutations")
-    campaign(root, files, lambda: [command(evaluation, [*runs, "--babylm_eval", root])], lambda ended: None, n)
+    for name in files:
+        task = name.split("_")[0]
+        campaign(root, [name], lambda: [command(evaluation, [*runs, "--babylm_eval", root, "--tasks", task])], lambda ended: None, n)
     tables = ["--norms", tmp_path / "norms.tsv", "--upos", tmp_path / "upos.tsv"]
     campaign(str(tmp_path), ["norms.tsv", "upos.tsv"], lambda: [command(evaluation, [runs[0], "--babylm_eval", root, "--tasks", "blimp", *tables])], lambda ended: None, n)
 
