@@ -106,7 +106,7 @@ TOY = QUICK | dict(n_embd=128, n_image_layer=3, dropout=0.0, mix=8, epochs=2, lr
 REAL = dict(data="data/babylm")
 PRESETS = {
     "toy": TOY,
-    "patches": TOY | dict(n_image_token=16, epochs=3),
+    "patches": TOY | dict(n_image_token=16, image_encoder="mlp"),
     "laptop": REAL | QUICK | dict(n_embd=192, n_image_layer=2, mix=2, epochs=4, lr=2e-3, eval_tokens=20000),
     "small": REAL | dict(n_layer=6, n_head=6, n_embd=384, n_image_layer=3, epochs=4, batch_tokens=16384, lr=6e-4, warmup_steps=200,
                          weight_decay=0.1, beta2=0.95, eval_interval=250, save_interval=250),
@@ -337,7 +337,7 @@ class Elision:
         """Positions to keep (B,k), ascending, and the weight of each one's loss, or None where all count the same. The score of
         target t+1 decides about input t: both stand at position t of a batch."""
         if self.config.elide == "priority":
-            return keep_sampled(self.score(kind, place).clamp(min=0.1), real, k)
+            return keep_sampled(self.score(kind, place).clamp(min=0.1), real, k)  # easy tokens are rare, not excluded, so no weight explodes
         return keep_best(self.score(kind, place), real, k), None
 
     def update(self, kind, place, losses, looks):
