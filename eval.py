@@ -460,9 +460,18 @@ def read_upos(path):
     return {word: row["upos"] for word, row in table.items()}
 
 
-def gate_table(model, data, upos=None, norms=None):
+def load_teacher(run, data, device="cpu"):
+    """The text-only model of a run folder; InputError when it cannot judge the tokens of this data."""
+    model = load_model(run, device=device)
+    check_same_tokenizer(run, data)
+    if model.config.n_image_token:
+        raise InputError(f"--teacher {run} has image tokens; expected a text-only model, trained with --no-images")
+    return model
+
+
+def gate_table(model, data, upos=None, norms=None, teacher=None):
     """Rows {column: value}, one per token of every held-out caption, and the names of the norms: the word and its class, its norms,
-    its gate in every layer that looks and their mean, its loss in nats with and without the image (gates.csv)."""
+    its gate in every layer that looks and their mean, its loss in nats with and without the image, and a teacher's (gates.csv)."""
     ids, layers, rows = spread_ids(data, None, model.config.block_size), looking(model), []
     if not norms:  # frequency, at least, can be counted
         counts = Counter()
@@ -471,7 +480,12 @@ def gate_table(model, data, upos=None, norms=None):
         norms = {word: {"log10_frequency": math.log10(n)} for word, n in counts.items()}
     names = list(dict.fromkeys(name for row in norms.values() for name in row))
     losses, gates = caption_losses(model, data, ids)
-    for i, loss, gate, dark in zip(ids, losses, gates, caption_losses(model, data, ids, "none")[0]):
+    others = {"loss_no_image": caption_losses(model, data, ids, "none")[0]}
+    if teacher is not None:
+        if teacher.config.block_size < model.config.block_size:
+            raise InputError(f"the teacher reads {teacher.config.block_size} tokens, the model {model.config.block_size}; expected at least as many")
+        others["loss_teacher"] = caption_losses(teacher, data, ids, "none")[0]
+    for n, (i, loss, gate) in enumerate(zip(ids, losses, gates)):
         tokens = data.caption("val", i, len(loss))
         for word, first, stop in words_of(tokens, data.encoding):
             word = word.lower()
@@ -480,7 +494,7 @@ def gate_table(model, data, upos=None, norms=None):
             for k in range(first, stop):
                 rows.append({"caption": int(i), "position": k, "token": data.encoding.decode([int(tokens[k])]), "starts_word": int(k == first),
                              **about, **{f"gate_{layer}": float(gate[layer, k]) for layer in layers},
-                             "gate": float(gate[layers, k].mean(dtype=np.float64)), "loss": float(loss[k]), "loss_no_image": float(dark[k])})
+                             "gate": float(gate[layers, k].mean(dtype=np.float64)), "loss": float(loss[k]), **{name: float(each[n][k]) for name, each in others.items()}})
     return rows, names
 
 
@@ -520,8 +534,11 @@ def gate_report(rows, names, last):
     result |= {"spread": gate.std(), "collapsed": bool(gate.std() < 0.01)}
     often = sorted((row["gate"], row["word"], row["n"]) for row in words if row["n"] >= 5 and any(c.isalpha() for c in row["word"]))
     result |= {"most_visual": often[:12], "most_linguistic": often[:-13:-1]}
-    # Looking to Learn asks where a token looks, ReGATE what it would cost not to: the gate against the loss saved by the image
+    # Looking to Learn asks where a token looks, ReGATE what it would cost not to: the gate against the loss saved by the image,
+    # and against what a teacher that never saw an image cannot predict
     result["papers_agree"] = spearman(1 - value("gate", rows), value("loss_no_image", rows) - value("loss", rows))
+    if "loss_teacher" in rows[0]:
+        result["teacher_agrees"] = spearman(1 - value("gate", rows), value("loss_teacher", rows))
     return result
 
 
@@ -722,11 +739,13 @@ def fold_seeds(runs):
 
 
 def print_runs(rows):
-    """One line per run, the best of each column marked * (losses: the lowest)."""
+    """One line per run, the best score of each column marked * (losses: the lowest)."""
     columns = list(dict.fromkeys(column for _, _, numbers in rows for column in numbers))
-    best = {c: (min if "loss" in c else max)(round(numbers[c][0], 2) for _, _, numbers in rows if c in numbers) for c in columns}
-    marks = lambda c, mean: len(rows) > 1 and "blind" not in c and round(mean, 2) == best[c]
-    cell = lambda c, mean, std: f"{mean:.2f}{'' if std is None else f' +-{std:.2f}'}{'*' if marks(c, mean) else ' '}"
+    percents = [c for c in columns if c.split(":")[0].split()[0] in (*TASKS, "mean")]
+    told = lambda c, x: f"{x:,.{0 if c == 'H' else 2 if c in percents else 3}f}"
+    best = {c: told(c, (min if "loss" in c else max)(numbers[c][0] for _, _, numbers in rows if c in numbers)) for c in columns
+            if (c in percents or "loss" in c or c == "captured") and "blind" not in c and len(rows) > 1 and any(c in numbers for _, _, numbers in rows)}
+    cell = lambda c, mean, std: f"{told(c, mean)}{'' if std is None else f' +-{told(c, std)}'}{'*' if best.get(c) == told(c, mean) else ' '}"
     print_table([["run", "seeds", *columns]] + [[name, n, *(cell(c, *numbers[c]) if c in numbers else None for c in columns)] for name, n, numbers in rows])
 
 
@@ -779,26 +798,45 @@ def show_benchmarks(run, results, paradigms):
         draw_bars(os.path.join(run, "paradigms.png"), bars, "accuracy in %, from chance", 0, 100)
 
 
-def show_gates(run, model, data, upos, norms):
-    """gates.csv, gates.json, gates_by_class.png and what they say."""
+def learn_gates(run, model, data, upos, norms, teacher):
+    """What the gate of a run learned (gate_report), written to gates.csv, gates.json and gates_by_class.png; None without a gate."""
     layers = looking(model)
     if not layers or not len(spread_ids(data, None, 1)):
-        print("no gate to look at: " + ("the validation set has no captions" if layers else "the model was trained without one"))
-        return
-    rows, names = gate_table(model, data, upos or data.meta.get("upos"), norms)
+        print(f"{run}: no gate to look at: " + ("the validation set has no captions" if layers else "the model was trained without one"))
+        return None
+    rows, names = gate_table(model, data, upos or data.meta.get("upos"), norms, teacher)
     with open(os.path.join(run, "gates.csv"), "w", encoding="utf-8", newline="") as f:
         writer = csv.DictWriter(f, list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)
     found = gate_report(rows, names, f"gate_{layers[-1]}")
     write_json(os.path.join(run, "gates.json"), found)
-    tags = sorted(found["by_tag"].items(), key=lambda x: x[1]["mean"])
-    draw_bars(os.path.join(run, "gates_by_class.png"), [(f"{tag} ({x['n']:,})", 0, 1 - x["mean"], (1 - x["q3"], 1 - x["q1"])) for tag, x in tags],
+    draw_bars(os.path.join(run, "gates_by_class.png"), [(f"{tag} ({x['n']:,})", 0, 1 - x["mean"], (1 - x["q3"], 1 - x["q1"])) for tag, x in by_gate(found)],
               "how much the model looks at the picture (1 - gate), mean and middle half", 0, 1)
+    return found
+
+
+def by_gate(found):
+    return sorted(found["by_tag"].items(), key=lambda x: x[1]["mean"])
+
+
+def gate_numbers(found):
+    """The columns of a table over runs, from what gate_report found."""
+    function, content = (found["by_class"].get(kind, {}).get("mean") for kind in ("function", "content"))
+    numbers = {"function": function, "content": content, "difference": None if None in (function, content) else function - content,
+               "H": (found["kruskal_wallis"]["mean_of_layers"] or {}).get("H")}
+    numbers |= {f"rho {name.split('_')[-1]}": x["words"]["rho"] for name, x in found["spearman"].items()}
+    numbers |= {"rho saved": found["papers_agree"]["rho"], "rho teacher": found.get("teacher_agrees", {}).get("rho")}
+    if found["regression"]:
+        numbers |= {"R2": found["regression"]["r2"], **{f"-{name}": x for name, x in found["regression"]["r2_lost_without"].items()}}
+    return {name: None if x is None else float(x) for name, x in numbers.items()}
+
+
+def show_gates(found):
     p = lambda x: "" if x is None else f"{x:.2g}"
     print()
     print_table([["gate (1 language, 0 vision)", "words", "mean", "sd", "last layer"]]
-                + [[tag, x["n"], x["mean"], x["sd"], x["last_layer"]] for group in (tags, found["by_class"].items() if "content" not in found["by_tag"] else ()) for tag, x in group])
+                + [[tag, x["n"], x["mean"], x["sd"], x["last_layer"]] for group in (by_gate(found), found["by_class"].items() if "content" not in found["by_tag"] else ()) for tag, x in group])
     for name, test in found["kruskal_wallis"].items():
         if test and test["H"] is not None:
             print(f"Kruskal-Wallis over parts of speech, {name.replace('_', ' ')}: H {test['H']:.1f}, df {test['df']}, p {p(test['p'])}")
@@ -811,9 +849,9 @@ def show_gates(run, model, data, upos, norms):
         print(f"R2 {fit['r2']:.3f}; lost without " + ", ".join(f"{name} {x:.3f}" for name, x in fit["r2_lost_without"].items()))
     for title in "most_visual", "most_linguistic":
         print(f"{title.replace('_', ' ')} words: " + ", ".join(f"{word} {gate:.2f}" for gate, word, _ in found[title]))
-    agree = found["papers_agree"]
-    if agree["rho"] is not None:
-        print(f"do the papers agree? Spearman of 1 - gate with the loss that the image saves: rho {agree['rho']:.3f}, {agree['n']:,} tokens")
+    for name, what in ("papers_agree", "the loss that the image saves"), ("teacher_agrees", "the loss of the text-only teacher"):
+        if found.get(name, {}).get("rho") is not None:
+            print(f"do the papers agree? Spearman of 1 - gate with {what}: rho {found[name]['rho']:.3f}, {found[name]['n']:,} tokens")
     if found["collapsed"]:
         print(f"WARNING: the gate has collapsed: its standard deviation over words is {found['spread']:.4f}")
 
@@ -870,6 +908,7 @@ def make_parser():
     parser.add_argument("--paradigms", action="store_true", help="print the accuracy of every paradigm (paradigms.png always shows them)")
     parser.add_argument("--norms", default="", metavar="TSV", help="word norms: a header 'word<TAB>concreteness<TAB>...' and a line per word")
     parser.add_argument("--upos", default="", metavar="TSV", help="parts of speech: columns 'word' and 'upos', a line per word")
+    parser.add_argument("--teacher", default="", metavar="RUN", help="a run trained with --no-images: does the gate look where it cannot predict?")
     parser.add_argument("--caption", type=int, default=None, metavar="N", help="validation caption to draw into gates.png, by row (default: a long one)")
     parser.add_argument("--checkpoints", action="store_true", help="score every checkpoint of a run trained with --keep_checkpoints")
     parser.add_argument("--image", default="", metavar="FILE", help="caption this picture instead")
@@ -900,8 +939,8 @@ def open_data(run, config):
 
 
 def main(argv=None):
-    """Score runs and write results.json, predictions.json and pictures into their folders; of a single run also print its losses and
-    what its gate learned. Returns {run: results}, or None where other things were asked for."""
+    """Score runs and write results.json, predictions.json, gates.csv, gates.json and pictures into their folders; prints all about a
+    single run, or tables over several. Returns {run: results}, or None where other things were asked for."""
     args = make_parser().parse_args(argv)
     tasks, device = list(dict.fromkeys(args.tasks.split(","))), pick_device(args.device)
     for task in tasks:
@@ -919,7 +958,7 @@ def main(argv=None):
         return show_checkpoints(names[0], open_data(names[0], config), root_of(config), tasks, args.protocol, device)
     upos = read_upos(args.upos) if args.upos else None
     norms = read_norms(args.norms) if args.norms else None
-    every, table, year = {}, {}, "" if args.protocol == "2025" else f"_{args.protocol}"
+    every, tables, year = {}, ({}, {}, {}), "" if args.protocol == "2025" else f"_{args.protocol}"
     for run, (config, summary, model, encoding) in runs.items():
         results, predictions, missing = benchmark(model, encoding, root_of(config), tasks, args.protocol)
         every[run] = results
@@ -929,22 +968,31 @@ def main(argv=None):
             raise InputError(f"{args.babylm_eval}: none of {args.tasks} is there; expected an evaluation_data/full_eval folder")
         write_json(os.path.join(run, f"results{year}.json"), results)
         write_json(os.path.join(run, f"predictions{year}.json"), predictions)
-        numbers = {name: value for task, r in results.items() for name, value in ((task, r["mean"]), (f"{task} blind", r.get("mean_no_image")))}
-        numbers |= {"mean": float(np.mean([r["mean"] for r in results.values()])) if results else None}
-        numbers |= {"caption loss": summary.get("val_loss_caption"), "text loss": summary.get("val_loss_text"), "captured": summary.get("visual_information_captured")}
-        table[run] = config, numbers
+        data = open_data(run, config)
+        found = learn_gates(run, model, data, upos, norms, load_teacher(args.teacher, data, device) if args.teacher else None)
+        scores = {name: value for task, r in results.items() for name, value in ((task, r["mean"]), (f"{task} blind", r.get("mean_no_image")))}
+        scores |= {"mean": float(np.mean([r["mean"] for r in results.values()])) if results else None}
+        scores |= {"caption loss": summary.get("val_loss_caption"), "text loss": summary.get("val_loss_text"), "captured": summary.get("visual_information_captured"),
+                   "tokens run": summary.get("processed_ratio"), "minutes": summary.get("minutes")}
+        by_tag = {f"{task}: {tag}{blind}": r[f"by_tag{key}"][tag] for task, r in results.items() for tag in r.get("by_tag", ())
+                  for blind, key in (("", ""), (" blind", "_no_image"))}
+        for table, numbers in zip(tables, (scores, by_tag, gate_numbers(found) if found else {})):
+            table[run] = config, numbers
     if len(runs) > 1:
         if len({tuple(results) for results in every.values()}) > 1:
-            for _, numbers in table.values():
+            for _, numbers in tables[0].values():
                 del numbers["mean"]  # means over different tasks do not compare
-        print_runs(fold_seeds(table))
+        for title, table in zip(("scores; losses in nats per token", "items by kind, in %", "gates: 1 language, 0 vision"), tables):
+            if any(numbers for _, numbers in table.values()):
+                print(f"\n{title}")
+                print_runs(fold_seeds(table))
         return every
     show_benchmarks(run, results, args.paradigms)
-    data = open_data(run, config)
     print()
     for name, value in report(model, data, upos).items():
         print(f"{name:32} {value if not isinstance(value, float) else f'{value:.4f}'}")
-    show_gates(run, model, data, upos, norms)
+    if found:
+        show_gates(found)
     print(gate_picture(os.path.join(run, "gates.png"), model, data, args.caption) or "")
     return every
 

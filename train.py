@@ -244,19 +244,10 @@ def learning_rate(step, config, n_step):
 CHUNK = 2000  # captions or text blocks between two writes of the reference losses
 
 
-def load_teacher(run, data, device="cpu"):
-    """The text-only model of a run folder; InputError when it cannot judge the tokens of this data."""
-    model = load_model(run, device=device)
-    prepare_data.check_same_tokenizer(run, data)
-    if model.config.n_image_token:
-        raise InputError(f"--teacher {run} has image tokens; expected a text-only model, trained with --no-images")
-    return model
-
-
 def reference_losses(run, data, kind, device):
     """Loss in nats of every training token of a kind (C captions, T text) under a frozen text-only teacher: float16 (n_token,),
     computed once and kept beside the data under a name made of both their hashes. Picks up where it was stopped."""
-    model = load_teacher(run, data, device)
+    model = evaluation.load_teacher(run, data, device)
     source, T = "caption_train.bin" if kind == "C" else "text_train.bin", model.config.block_size
     key = hashlib.sha256((prepare_data.sha256(os.path.join(run, "best.pt")) + data.meta["sha256"][source]).encode()).hexdigest()[:16]
     path = os.path.join(data.folder, f"reference_{source.removesuffix('.bin')}_{key}.npy")
@@ -699,7 +690,7 @@ def start(preset, resume, flags, out, main_process):
         raise InputError(f"{data.folder}: not the data that the run in {out} was started with ({', '.join(changed[:3])} differ); --resume needs the same")
     config, model_config = make_configs(values, data)
     if config.elide in WITH_TEACHER:
-        load_teacher(config.teacher, data)
+        evaluation.load_teacher(config.teacher, data)
     if config.elide == "gate" and (model_config.gate == "none" or not model_config.n_image_token):
         raise InputError("--elide gate needs a model with gates and images")
     if main_process and not state:

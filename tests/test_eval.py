@@ -816,29 +816,69 @@ def test_print_runs_marks_the_best(capsys):
                            ("out/c", 2, {"blimp": (69.999, 1.0), "vqa": (20.0, 0.25)})])
     header, a, b, c = ([cell for cell in re.split(r"\s{2,}", line.strip()) if cell] for line in capsys.readouterr().out.splitlines())
     assert header == ["run", "seeds", "blimp", "text loss", "vqa"]
-    assert a == ["out/a", "3", "64.00 +-4.58", "3.00 +-0.10"]
-    assert b == ["out/b", "1", "70.00*", "2.50*"]  # of losses the lowest
+    assert a == ["out/a", "3", "64.00 +-4.58", "3.004 +-0.100"]
+    assert b == ["out/b", "1", "70.00*", "2.500*"]  # of losses the lowest
     assert c == ["out/c", "2", "70.00 +-1.00*", "20.00 +-0.25*"]  # equal as printed: both are best
     evaluation.print_runs([("alone", 2, {"blimp": (64.0, 1.0)})])
     assert "*" not in capsys.readouterr().out
 
 
-def test_two_runs_print_one_table(few, encoding, tmp_path, capsys):
+def test_several_runs_print_tables(few, encoding, tmp_path, capsys):
     names = [save_run(tmp_path / name, few, random_model(few, seed), seed, lr=lr) for name, seed, lr in (("a", 1, 0.1), ("b", 2, 0.1), ("c", 1, 0.5))]
     for name, loss in zip(names, (1.0, 2.0, 9.0)):
         prepare_data.write_json(os.path.join(name, "summary.json"), {"val_loss_caption": loss, "val_loss_text": None})
     every = evaluation.main([*names, names[0] + os.sep])  # a run named twice is one
-    lines = capsys.readouterr().out.splitlines()
+    titles, tables, lines = [], [], capsys.readouterr().out.splitlines()
+    for line in lines:
+        if line and not line.startswith(("run", *names)):
+            titles.append(line)
+            tables.append([])
+        elif line:
+            tables[-1].append(line)
+    assert [title.split(";")[0].split(":")[0] for title in titles] == ["scores", "items by kind, in %", "gates"] and [len(table) for table in tables] == [3] * 3
     assert list(every) == names and all(read(os.path.join(name, "results.json")) == every[name] for name in names)
+    lines = tables[0]
     cells = [[cell.strip() for cell in re.split(r"\s{2,}", line.strip())] for line in lines]
     assert len(lines) == 3 and [cell.replace(",", "") for cell in cells[0][:8]] == ["run", "seeds", *"blimp supplement ewok winoground".split(), "winoground blind", "vqa"]
-    assert cells[1][:2] == [names[0], "2"] and cells[2][:2] == [names[2], "1"] and cells[1][-1] == "1.50 +-0.71*" and cells[0][-1] == "caption loss"
+    assert cells[1][:2] == [names[0], "2"] and cells[2][:2] == [names[2], "1"] and cells[1][-1] == "1.500 +-0.707*" and cells[0][-1] == "caption loss"
     x, y = (every[name]["blimp"]["mean"] for name in names[:2])
     assert cells[1][2].rstrip("*") == f"{(x + y) / 2:.2f} +-{abs(x - y) / math.sqrt(2):.2f}"  # standard deviation of two
     assert cells[2][2].rstrip("*") == f"{every[names[2]]['blimp']['mean']:.2f}"
+    tags, gates = ([re.split(r"\s{2,}", line.strip()) for line in table] for table in tables[1:])
+    assert tags[0][-2:] == ["vqa: text decides", "vqa: text decides blind"] and tags[2][-2].rstrip("*") == f"{every[names[2]]['vqa']['by_tag']['text decides']:.2f}"
+    found = [read(os.path.join(name, "gates.json")) for name in names]
+    x, y = (each["by_class"]["function"]["mean"] - each["by_class"]["content"]["mean"] for each in found[:2])
+    at = gates[0].index("difference")
+    assert gates[1][at] == f"{(x + y) / 2:.3f} +-{abs(x - y) / math.sqrt(2):.3f}" and gates[2][gates[0].index("H")] == f"{found[2]['kruskal_wallis']['mean_of_layers']['H']:,.0f}"
+    assert gates[2][gates[0].index("rho saved")] == f"{found[2]['papers_agree']['rho']:.3f}" and "rho teacher" not in gates[0]
     for flags in ["--checkpoints"], ["--image", "x.png"], ["--caption", "1"]:
         with pytest.raises(InputError, match="one run"):
             evaluation.main([*names, *flags])
+
+
+def test_a_teacher_tells_what_the_words_alone_cannot(few, tmp_path, capsys):
+    """--teacher: every token of gates.csv gets the loss of a model without eyes, and the gate is compared with it."""
+    model, teacher = random_model(few, 1), random_model(few, 2, n_image_token=0)
+    run, blind = save_run(tmp_path / "a", few, model), save_run(tmp_path / "teacher", few, teacher)
+    evaluation.main([run, "--tasks", "blimp", "--teacher", blind])
+    assert "the loss of the text-only teacher: rho" in capsys.readouterr().out
+    with open(os.path.join(run, "gates.csv"), newline="") as f:
+        rows = list(csv.DictReader(f))
+    data = prepare_data.Data(str(few))
+    for i in {int(row["caption"]) for row in rows}:
+        ids = torch.from_numpy(np.int64(data.caption("val", i, 64)))[None]  # a caption ends with <eot>; the one before it ended the last
+        idx = torch.cat([torch.tensor([[data.encoding.eot_token]]), ids[:, :-1]], dim=1)
+        with torch.no_grad():
+            loss = torch.nn.functional.cross_entropy(teacher.eval()(idx)[0][0], ids[0], reduction="none")
+        mine = {int(row["position"]): float(row["loss_teacher"]) for row in rows if int(row["caption"]) == i}
+        assert mine and all(loss[k].item() == pytest.approx(x, abs=1e-4) for k, x in mine.items())
+    expected = evaluation.spearman(np.array([1 - float(row["gate"]) for row in rows]), np.array([float(row["loss_teacher"]) for row in rows]))
+    assert read(os.path.join(run, "gates.json"))["teacher_agrees"]["rho"] == pytest.approx(expected["rho"], abs=1e-6)
+    with pytest.raises(InputError, match="has image tokens"):
+        evaluation.main([run, "--tasks", "blimp", "--teacher", run])
+    short = save_run(tmp_path / "short", few, random_model(few, 2, n_image_token=0, block_size=8))
+    with pytest.raises(InputError, match="the teacher reads 8 tokens"):
+        evaluation.main([run, "--tasks", "blimp", "--teacher", short])
 
 
 def test_several_runs_name_what_each_of_them_lacks(few, tmp_path, capsys):
