@@ -123,7 +123,7 @@ def make_parser():
     parser = argparse.ArgumentParser(description="Train a gated vision-language model. Without flags: the toy world, in minutes, on any machine.",
                                      usage="python train.py [--preset NAME] [--flag value] ...", allow_abbrev=False, argument_default=argparse.SUPPRESS)
     parser.add_argument("--preset", default="toy", choices=PRESETS, help="set of values, shown at each flag below, which the other flags change (default: toy)")
-    parser.add_argument("--resume", action="store_true", default=False, help="go on with the run in --out from its last.pt, to the bit")
+    parser.add_argument("--resume", action="store_true", default=False, help="go on with the run in --out from its last.pt, to the bit; where nothing is saved yet, start it")
     for title, config in ("training", TrainConfig), ("model", GateVLMConfig):
         group = parser.add_argument_group(title)
         for f in fields(config):
@@ -663,7 +663,8 @@ def main(argv=None):
 def start(preset, resume, flags, out, main_process):
     """Start a run in the folder out, or go on with the one in it."""
     world = int(os.environ.get("WORLD_SIZE", 1))
-    state = read_state(out) if resume else None
+    saved = any(os.path.exists(os.path.join(out, name)) for name in ("last.pt", "previous.pt"))
+    state = read_state(out) if resume and saved else None  # nothing saved yet: a loop over runs can be typed again after a crash
     if state:
         values = state["model_config"] | state["config"]
         for name, value in flags.items():
@@ -678,7 +679,7 @@ def start(preset, resume, flags, out, main_process):
             values["data"] = os.path.join("data", "toy16" if values.get("n_image_token", 1) == 16 else "toy")
             if not os.path.exists(values["data"]) and main_process:
                 prepare_data.main(["toy", "--out", values["data"], "--n_image_token", str(values.get("n_image_token", 1))])
-        if any(os.path.exists(os.path.join(out, name)) for name in ("last.pt", "previous.pt")):
+        if saved:
             raise InputError(f"{out} holds a run already: --resume goes on with it, --out starts another")
     if world > 1:
         on_cuda = pick_device(values.get("device", "auto"), int(os.environ.get("LOCAL_RANK", 0))).type == "cuda"

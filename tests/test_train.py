@@ -651,9 +651,15 @@ def test_resume_accepts_the_same_value_and_what_is_free(toy, tmp_path):
     assert resume(out, "--stop_after 0")["step"] == 4
 
 
-def test_resume_needs_a_run_and_a_start_needs_a_free_folder(finished, toy, tmp_path):
-    message = refused("--resume", "--out", tmp_path / "empty")
-    assert str(tmp_path / "empty" / "last.pt") in message and "no such checkpoint" in message
+def test_the_same_line_starts_a_run_goes_on_with_it_and_reports_it(toy, tmp_path):
+    """README's loops over runs are typed again after an interruption: --resume starts where nothing is saved yet."""
+    again = lambda: train.main([*TINY.split(), "--data", str(toy), "--max_steps", "4", "--seed", "3", "--resume", "--out", str(tmp_path / "run")])
+    first = again()
+    assert first["step"] == 4 and same(state(tmp_path / "run")["model"], state(run(tmp_path / "other", toy, "--max_steps 4 --seed 3") and tmp_path / "other")["model"])
+    assert again() == first  # finished: only reported
+
+
+def test_a_start_needs_a_free_folder(finished, toy, tmp_path):
     before = state(finished.out)
     message = refused(*TINY.split(), "--data", toy, "--out", finished.out)
     assert finished.out in message and "--resume" in message
