@@ -91,7 +91,7 @@ def block_losses(model, stream, starts):
 
 
 def text_loss(model, data, max_tokens=None):
-    """Mean loss in nats per token over the validation text, read in blocks, of which about max_tokens are evenly spread over it;
+    """Mean loss in nats per token over the validation text, or over evenly spread blocks of it that hold about max_tokens;
     None without text."""
     n = len(data.text["val"]) - 1
     if n < 1:
@@ -213,7 +213,7 @@ def grow_trees(pieces, width):
         common = len(os.path.commonprefix([previous[1], ids]))
         if not trees or previous[0] != image or common == 0 or len(trees[-1][1]) + len(ids) - common > width:
             trees.append((image, [], [], []))
-            path, scored, common = [], [], 0
+            path, scored, common = [], [], 0  # path[k]: where ids[k] stands in the tree; scored[k]: the edge that asks for ids[k + 1]
         _, tokens, parent, edges = trees[-1]
         path, scored = path[:common], scored[:max(0, common - 1)]
         for token in ids[len(path):-1]:
@@ -246,12 +246,13 @@ def score(model, pieces, states=None, batch_tokens=None, width=128):
         for k in range(1, T):
             mask[:, k] |= mask[torch.arange(B), parent[:, k]]
         image = None if states is None else torch.from_numpy(np.stack([states[trees[t][0]] for t in batch]).astype(np.float32)).to(device)
+        # a token sees its ancestors and itself: one more than stand before it in its text
         h = model.trunk(idx.to(device), image, position=mask.sum(dim=-1).to(device) - 1, mask=mask.to(device))[0]  # (B, T, D)
         # the head runs once per token, however many edges leave it
         size = [len(trees[t][1]) for t in batch]
         real = torch.arange(T) < torch.tensor(size)[:, None]  # (B, T)
         logp = model.logits(h[real.to(device)]).float().log_softmax(dim=-1)  # (N, V)
-        at = torch.tensor([start + i for t, start in zip(batch, np.cumsum([0, *size])) for i, _ in trees[t][3]], device=device)
+        at = torch.tensor([start + node for t, start in zip(batch, np.cumsum([0, *size])) for node, _ in trees[t][3]], device=device)
         target = torch.tensor([token for t in batch for _, token in trees[t][3]], device=device)
         loss = -logp[at, target].cpu().double().numpy()
         for t, part in zip(batch, np.split(loss, np.cumsum([len(trees[t][3]) for t in batch])[:-1])):
@@ -421,7 +422,7 @@ def least_squares(columns, y):
 # ----------------------------------------------------------------------------------------------------------------------
 # what the gate learned
 
-OURS = ("caption", "position", "token", "starts_word", "word", "class", "tag", "gate", "loss")  # columns of gates.csv besides the norms
+OURS = ("caption", "position", "token", "starts_word", "word", "class", "tag", "gate", "loss")  # how columns of gates.csv besides the norms begin
 
 
 def read_table(path):
@@ -448,7 +449,7 @@ def read_norms(path):
         except ValueError as error:
             raise InputError(f"{path}, word {word!r}: expected numbers or empty cells ({error})") from error
         if not all(map(math.isfinite, table[word].values())) or any(name.startswith(OURS) for name in row):
-            raise InputError(f"{path}, word {word!r}: expected finite numbers or empty cells, and columns not called {', '.join(OURS)}")
+            raise InputError(f"{path}, word {word!r}: expected finite numbers or empty cells, and columns that do not begin with {', '.join(OURS)}")
     return table
 
 
@@ -533,7 +534,7 @@ def gate_report(rows, names, last):
     gate = value("gate", starts)
     result |= {"spread": gate.std(), "collapsed": bool(gate.std() < 0.01)}
     often = sorted((row["gate"], row["word"], row["n"]) for row in words if row["n"] >= 5 and any(c.isalpha() for c in row["word"]))
-    result |= {"most_visual": often[:12], "most_linguistic": often[:-13:-1]}
+    result |= {"most_visual": often[:12], "most_linguistic": often[::-1][:12]}
     # Looking to Learn asks where a token looks, ReGATE what it would cost not to: the gate against the loss saved by the image,
     # and against what a teacher that never saw an image cannot predict
     result["papers_agree"] = spearman(1 - value("gate", rows), value("loss_no_image", rows) - value("loss", rows))
@@ -743,8 +744,10 @@ def print_runs(rows):
     columns = list(dict.fromkeys(column for _, _, numbers in rows for column in numbers))
     percents = [c for c in columns if c.split(":")[0].split()[0] in (*TASKS, "mean")]
     told = lambda c, x: f"{x:,.{0 if c == 'H' else 2 if c in percents else 3}f}"
-    best = {c: told(c, (min if "loss" in c else max)(numbers[c][0] for _, _, numbers in rows if c in numbers)) for c in columns
-            if (c in percents or "loss" in c or c == "captured") and "blind" not in c and len(rows) > 1 and any(c in numbers for _, _, numbers in rows)}
+    best = {}  # column -> its best mean as printed: what is equal as printed is equally good
+    for c in columns if len(rows) > 1 else ():
+        if (c in percents or "loss" in c or c == "captured") and "blind" not in c:
+            best[c] = told(c, (min if "loss" in c else max)(numbers[c][0] for _, _, numbers in rows if c in numbers))
     cell = lambda c, mean, std: f"{told(c, mean)}{'' if std is None else f' +-{told(c, std)}'}{'*' if best.get(c) == told(c, mean) else ' '}"
     print_table([["run", "seeds", *columns]] + [[name, n, *(cell(c, *numbers[c]) if c in numbers else None for c in columns)] for name, n, numbers in rows])
 
@@ -801,7 +804,7 @@ def show_benchmarks(run, results, paradigms):
 def learn_gates(run, model, data, upos, norms, teacher):
     """What the gate of a run learned (gate_report), written to gates.csv, gates.json and gates_by_class.png; None without a gate."""
     layers = looking(model)
-    if not layers or not len(spread_ids(data, None, 1)):
+    if not layers or not len(data.image_row["val"]):
         print(f"{run}: no gate to look at: " + ("the validation set has no captions" if layers else "the model was trained without one"))
         return None
     rows, names = gate_table(model, data, upos or data.meta.get("upos"), norms, teacher)
@@ -821,14 +824,15 @@ def by_gate(found):
 
 
 def gate_numbers(found):
-    """The columns of a table over runs, from what gate_report found."""
+    """{column: number or None} of a gate_report: mean gate of function and content words and their difference, Kruskal-Wallis H, Spearman's rho
+    (norms: over words; loss saved by the image, teacher's loss: over tokens), R2 of the regression, and "R2 -x": what it loses without x."""
     function, content = (found["by_class"].get(kind, {}).get("mean") for kind in ("function", "content"))
     numbers = {"function": function, "content": content, "difference": None if None in (function, content) else function - content,
                "H": (found["kruskal_wallis"]["mean_of_layers"] or {}).get("H")}
-    numbers |= {f"rho {name.split('_')[-1]}": x["words"]["rho"] for name, x in found["spearman"].items()}
+    numbers |= {f"rho {name}": x["words"]["rho"] for name, x in found["spearman"].items()}
     numbers |= {"rho saved": found["papers_agree"]["rho"], "rho teacher": found.get("teacher_agrees", {}).get("rho")}
     if found["regression"]:
-        numbers |= {"R2": found["regression"]["r2"], **{f"-{name}": x for name, x in found["regression"]["r2_lost_without"].items()}}
+        numbers |= {"R2": found["regression"]["r2"], **{f"R2 -{name}": x for name, x in found["regression"]["r2_lost_without"].items()}}
     return {name: None if x is None else float(x) for name, x in numbers.items()}
 
 
@@ -899,7 +903,7 @@ def show_picture(run, model, path, prompt):
 
 def make_parser():
     parser = argparse.ArgumentParser(description="What a trained run knows: benchmarks, losses, what its gate learned, pictures. "
-                                     "Several runs print one table; runs that differ only in seed are one row.", allow_abbrev=False)
+                                     "Several runs print tables, a row per run; runs that differ only in seed are one row.", allow_abbrev=False)
     parser.add_argument("run", nargs="+", help="run folder made by train.py")
     parser.add_argument("--babylm_eval", default="", metavar="DIR", help="an evaluation_data/full_eval folder (default: that of the run's own data)")
     parser.add_argument("--tasks", default=",".join(TASKS), help="tasks by comma (default: %(default)s)")
@@ -908,7 +912,7 @@ def make_parser():
     parser.add_argument("--paradigms", action="store_true", help="print the accuracy of every paradigm (paradigms.png always shows them)")
     parser.add_argument("--norms", default="", metavar="TSV", help="word norms: a header 'word<TAB>concreteness<TAB>...' and a line per word")
     parser.add_argument("--upos", default="", metavar="TSV", help="parts of speech: columns 'word' and 'upos', a line per word")
-    parser.add_argument("--teacher", default="", metavar="RUN", help="a run trained with --no-images: does the gate look where it cannot predict?")
+    parser.add_argument("--teacher", default="", metavar="RUN", help="a run trained with --no-images: does the gate look where that run cannot predict?")
     parser.add_argument("--caption", type=int, default=None, metavar="N", help="validation caption to draw into gates.png, by row (default: a long one)")
     parser.add_argument("--checkpoints", action="store_true", help="score every checkpoint of a run trained with --keep_checkpoints")
     parser.add_argument("--image", default="", metavar="FILE", help="caption this picture instead")
@@ -932,14 +936,14 @@ def read_run(run):
 
 
 def open_data(run, config):
-    """The data a run was trained on; InputError when the folder holds other data by now."""
+    """The data a run was trained on; InputError when its tokenizer is another by now."""
     data = Data(config["train"]["data"])
     check_same_tokenizer(run, data)
     return data
 
 
 def main(argv=None):
-    """Score runs and write results.json, predictions.json, gates.csv, gates.json and pictures into their folders; prints all about a
+    """Score runs and write results.json, predictions.json, gates.csv, gates.json and gates_by_class.png into their folders; prints all about a
     single run, or tables over several. Returns {run: results}, or None where other things were asked for."""
     args = make_parser().parse_args(argv)
     tasks, device = list(dict.fromkeys(args.tasks.split(","))), pick_device(args.device)
@@ -960,6 +964,8 @@ def main(argv=None):
     norms = read_norms(args.norms) if args.norms else None
     every, tables, year = {}, ({}, {}, {}), "" if args.protocol == "2025" else f"_{args.protocol}"
     for run, (config, summary, model, encoding) in runs.items():
+        data = open_data(run, config)  # first: data or a teacher that do not fit overwrite nothing
+        teacher = load_teacher(args.teacher, data, device) if args.teacher else None
         results, predictions, missing = benchmark(model, encoding, root_of(config), tasks, args.protocol)
         every[run] = results
         for line in missing:
@@ -968,8 +974,7 @@ def main(argv=None):
             raise InputError(f"{args.babylm_eval}: none of {args.tasks} is there; expected an evaluation_data/full_eval folder")
         write_json(os.path.join(run, f"results{year}.json"), results)
         write_json(os.path.join(run, f"predictions{year}.json"), predictions)
-        data = open_data(run, config)
-        found = learn_gates(run, model, data, upos, norms, load_teacher(args.teacher, data, device) if args.teacher else None)
+        found = learn_gates(run, model, data, upos, norms, teacher)
         scores = {name: value for task, r in results.items() for name, value in ((task, r["mean"]), (f"{task} blind", r.get("mean_no_image")))}
         scores |= {"mean": float(np.mean([r["mean"] for r in results.values()])) if results else None}
         scores |= {"caption loss": summary.get("val_loss_caption"), "text loss": summary.get("val_loss_text"), "captured": summary.get("visual_information_captured"),

@@ -83,8 +83,8 @@ def captions(scene):
 
 
 def entropies(all_scenes, length):
-    """Exact floors of the world: the entropy of a caption with and without its scene, in nats per caption, and the expected
-    length(sentence) of a caption. Sums over every scene and every sentence; nothing is sampled."""
+    """Exact floors of the world: the entropy of a caption with and without its scene, in nats per caption, and the expected length of
+    one; length(sentences) -> [tokens of each]. Sums over every scene and every sentence; nothing is sampled."""
     with_scene, tokens, total = 0.0, 0.0, defaultdict(float)
     for scene in all_scenes:
         for sentence, p in captions(scene).items():
@@ -223,11 +223,11 @@ def train_bpe(texts, vocab_size):
     ranks = {token: i for i, token in enumerate(tokens)}
     progress = tqdm(total=vocab_size - 256, desc="bpe merges", disable=None, leave=False)
     while heap and len(tokens) < vocab_size:
-        n, pair = heapq.heappop(heap)
-        if n == 0 or -n != pairs[pair]:
+        negative, pair = heapq.heappop(heap)
+        if -negative != pairs[pair]:
             continue  # an old entry: the count has changed since, and a newer entry exists
         token = tokens[pair[0]] + tokens[pair[1]]
-        new = ranks.setdefault(token, len(tokens))
+        new = ranks.setdefault(token, len(tokens))  # two pairs can spell the same bytes: they share one id
         if new == len(tokens):
             tokens.append(token)
             progress.update()
@@ -500,7 +500,8 @@ def read_caption_sets(found):
         where = np.searchsorted(starts, rows, "right") - 1
         states = {k: open_states(paths[k]) for k in set(where)}
         return np.stack([states[k][row - starts[k]] for k, row in zip(where, rows)])
-    return said, np.maximum.accumulate(np.where(np.concatenate(new), np.arange(len(said)), 0)), fetch
+    rows = np.where(np.concatenate(new), np.arange(len(said)), 0)  # a repeated row holds 0 ...
+    return said, np.maximum.accumulate(rows), fetch  # ... and takes the row of the last new one before it
 
 
 def read_photo_captions(path):
@@ -593,6 +594,7 @@ def write_folder(out, text, captions, tokenizer, meta, max_caption, overwrite, e
                 shutil.rmtree(left) if left.is_dir() else os.unlink(left)
             meta = fill_folder(part, text, captions, tokenizer, meta, max_caption, extra)
             if os.path.exists(out):
+                shutil.rmtree(f"{part}.old", ignore_errors=True)  # of a run that was killed while it removed it
                 os.rename(out, f"{part}.old")
             os.rename(part, out)
             shutil.rmtree(f"{part}.old", ignore_errors=True)

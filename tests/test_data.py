@@ -730,6 +730,8 @@ def test_a_caption_longer_than_the_block_is_kept_cut_and_counted(tmp_path):
 def test_overwrite_replaces_the_whole_folder(tmp_path):
     fresh = prepare(tmp_path, *command_of("photos", tmp_path), out="fresh").folder
     prepare(tmp_path, "babylm", write(tmp_path / "other", babylm()))
+    os.makedirs(tmp_path / "out.part.old")  # what a run leaves that is killed while it removes the folder it has replaced
+    (tmp_path / "out.part.old" / "meta.json").write_text("{}")
     data = prepare(tmp_path, "photos", tmp_path / "in", "--overwrite")
     assert same_bytes(data.folder, fresh) and sorted(os.listdir(tmp_path)) == ["fresh", "in", "other", "out"]
 

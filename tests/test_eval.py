@@ -1090,7 +1090,7 @@ def test_damaged_tables_are_refused(run, tmp_path, text, where):
 # caption any picture
 
 @pytest.mark.parametrize("flag, text, words", [
-    ("--upos", "word\ttag\nred\tADJ\n", "upos"), ("--norms", "word\tconcreteness\nred\tinf\n", "finite"), ("--norms", "word\tgate\nred\t1\n", "called"),
+    ("--upos", "word\ttag\nred\tADJ\n", "upos"), ("--norms", "word\tconcreteness\nred\tinf\n", "finite"), ("--norms", "word\tgate\nred\t1\n", "begin with"),
     ("--norms", "word\ta\ta\nred\t1\t2\n", "header")])
 def test_tables_that_would_give_nonsense_are_refused_before_anything_is_scored(run, tmp_path, flag, text, words, monkeypatch):
     (tmp_path / "table.tsv").write_text(text)

@@ -556,7 +556,7 @@ def evaluation_sets(root, dim=(2, 3)):
 
 
 def test_damaged_evaluation_sets(small_run, tmp_path, pytestconfig):
-    """Two runs in one table: the benchmarks alone, without the report on the data."""
+    """Two runs: tables alone, without the pictures and the losses of a single one."""
     root, runs = str(tmp_path / "full_eval"), [shutil.copytree(small_run, tmp_path / name) for name in "ab"]
     files = evaluation_sets(root)
     for path, text in (tmp_path / "norms.tsv", "word\tconcreteness\ndog\t4.8\nis\t1.2\n"), (tmp_path / "upos.tsv", "word\tupos\ndog\tNOUN\nis\tAUX\n"):
@@ -574,7 +574,7 @@ def test_damaged_run_folder(small_run, tmp_path, pytestconfig):
     out, root = str(tmp_path / "run"), str(tmp_path / "full_eval")
     evaluation_sets(root)
 
-    evaluate = lambda: command(evaluation, [out, small_run, "--babylm_eval", root, "--tasks", "blimp"])  # two runs: the benchmarks alone
+    evaluate = lambda: command(evaluation, [out, small_run, "--babylm_eval", root, "--tasks", "blimp"])  # two runs: tables alone
     resume = lambda: command(train, ["--resume", "--out", out])
     shutil.copytree(small_run, out)
     for name, readers in {"config.json": [evaluate], "summary.json": [evaluate], "log.jsonl": [resume], "last.pt": [resume], "previous.pt": [resume],
