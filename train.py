@@ -36,8 +36,8 @@ ORDERS = {"alternate": lambda n: "TC" * n, "text-first": lambda n: "T" * n + "C"
 
 
 # regate: the student's moving average + lambda * the teacher's loss; ema, ref: one of the two alone; loss-only: regate's choice, but every
-# token is run; gate: 1 - gate instead of the teacher; priority: regate's score as a sampling weight, with losses weighted to stay unbiased
-ELIDE = ("none", "regate", "ema", "ref", "random", "loss-only", "gate", "priority")
+# token is run; priority: regate's score as a sampling weight, with losses weighted to stay unbiased
+ELIDE = ("none", "regate", "ema", "ref", "random", "loss-only", "priority")
 WITH_TEACHER = ("regate", "ref", "loss-only", "priority")
 
 
@@ -56,7 +56,7 @@ class TrainConfig:
     elide_warmup: int = option(100, "elide: dense steps before the first cycle")
     elide_cycle: int = option(128, "elide: steps of a cycle (C)")
     elide_dense: int = option(16, "elide: dense steps that begin a cycle (F)")
-    elide_lambda: float = option(0.5, "elide: weight of the teacher's loss, or of 1 - gate, beside the student's own difficulty")
+    elide_lambda: float = option(0.5, "elide: weight of the teacher's loss beside the student's own difficulty")
     elide_beta: float = option(0.9, "elide: decay of the moving average of the student's loss")
     elide_tail: float = option(0.0, "elide: share of the steps, at the end, that are dense")
     elide_text: bool = option(False, "elide: text blocks too")
@@ -304,7 +304,6 @@ class Elision:
         n, started = {"C": len(data.tokens["train"]), "T": len(data.text["train"])}, time.perf_counter()
         zeros = lambda dtype=torch.float32: {kind: torch.zeros(n[kind], dtype=dtype, device=device) for kind in self.kinds}
         self.difficulty, self.count = zeros(), zeros(torch.int32)  # the average, and how many losses it holds
-        self.looks = zeros() if config.elide == "gate" else {}  # 1 - gate, when the student last ran the token
         self.reference = {}  # the teacher's loss
         if config.elide in WITH_TEACHER:
             self.reference = {kind: torch.tensor(reference_losses(config.teacher, data, kind, device)).to(device) for kind in self.kinds}
@@ -322,7 +321,7 @@ class Elision:
         m = self.difficulty[kind][place] / (1 - beta ** n).clamp(min=1e-9)  # an average that starts at 0, corrected as in Adam
         # for a token that was never run the teacher's loss stands in; without a teacher it comes first, in an order without meaning
         m = torch.where(n > 0, m, reference if self.reference else 1000 + place * 40503 % 65536 / 65536)
-        return (m + self.config.elide_lambda * (self.looks[kind][place] if self.looks else reference)).float()
+        return (m + self.config.elide_lambda * reference).float()
 
     def choose(self, kind, place, real, k):
         """Positions to keep (B,k), ascending, and the weight of each one's loss, or None where all count the same. The score of
@@ -331,22 +330,20 @@ class Elision:
             return keep_sampled(self.score(kind, place).clamp(min=0.1), real, k)  # easy tokens are rare, not excluded, so no weight explodes
         return keep_best(self.score(kind, place), real, k), None
 
-    def update(self, kind, place, losses, looks):
-        """After a step: place (N,) of the tokens whose losses (N,) were computed, and 1 - gate there. m <- beta m + (1 - beta) loss."""
+    def update(self, kind, place, losses):
+        """After a step: place (N,) of the tokens whose losses (N,) were computed. m <- beta m + (1 - beta) loss."""
         m, beta = self.difficulty[kind], self.config.elide_beta
         m[place] = beta * m[place] + (1 - beta) * losses
         self.count[kind][place] += 1
-        if self.looks:
-            self.looks[kind][place] = looks.float()
 
     def state(self):
-        return {"difficulty": self.difficulty, "count": self.count, "looks": self.looks,
+        return {"difficulty": self.difficulty, "count": self.count,
                 "teacher": {kind: float(reference.double().sum()) for kind, reference in self.reference.items()}}
 
     def load(self, state):
         if state["teacher"] != self.state()["teacher"]:
             raise InputError(f"--teacher {self.config.teacher} is not the one this run was started with: its losses are others")
-        for mine, saved in (self.difficulty, "difficulty"), (self.count, "count"), (self.looks, "looks"):
+        for mine, saved in (self.difficulty, "difficulty"), (self.count, "count"):
             for kind in mine:
                 mine[kind].copy_(state[saved][kind])
 
@@ -493,7 +490,6 @@ def train(config, model_config, data, state=None):
             raise InputError(f"the loss or its gradient became NaN or inf at step {int(bad.item())} (epoch {epoch}, batch {cursor} of it: {what}). The data are finite, "
                              "so the run has diverged; nothing was saved since. A new run with a lower --lr or more --warmup_steps is the usual cure")
 
-    looking = evaluation.looking(raw) or [0]
     raw.train()
     progress = tqdm(total=n_step, initial=now["step"], disable=None if main_process else True, dynamic_ncols=True)
     started = since_log = time.perf_counter()
@@ -544,7 +540,7 @@ def train(config, model_config, data, state=None):
                     targets, place = targets.gather(1, keep), place.gather(1, keep)
                 if elides:
                     at = raw.target_at[:n_part if share else 0]
-                    news = place.flatten()[at], raw.target_losses[:len(at)], 1 - gates.detach()[looking].float().mean(dim=0).flatten()[at]
+                    news = place.flatten()[at], raw.target_losses[:len(at)]
                     for told in [news] if world == 1 else gather(news):
                         elision.update(kind, *told)
                 if "contrastive" in raw.loss_parts:
@@ -692,8 +688,6 @@ def start(preset, resume, flags, out, main_process):
     config, model_config = make_configs(values, data)
     if config.elide in WITH_TEACHER:
         evaluation.load_teacher(config.teacher, data)
-    if config.elide == "gate" and (model_config.gate == "none" or not model_config.n_image_token):
-        raise InputError("--elide gate needs a model with gates and images")
     if main_process and not state:
         prepare_data.write_json(os.path.join(out, "config.json"), {"preset": preset, "train": asdict(config), "model": asdict(model_config)})
         for name in "tokenizer.tiktoken", "meta.json":
