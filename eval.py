@@ -612,7 +612,7 @@ def draw_gates(path, words, gates, picture=None, title="", kept=None):
     draw = ImageDraw.Draw(canvas)
     if picture is not None:
         canvas.paste(ImageOps.contain(picture, (256, 256), Image.NEAREST if picture.width < 128 else Image.LANCZOS), (20, 40))
-    draw.text((left, 20), title, INK, font(18))
+    draw.text((20, 12), title, INK, font(18))
     for i, (x, y, width, word, gate) in enumerate(boxes):
         fill = round(44 * (1 - gate))  # height of the coloured part: readable without colour too
         draw.rectangle((x, y + 44 - fill, x + width, y + 44), LOOKS)

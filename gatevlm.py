@@ -1,16 +1,21 @@
 """gatevlm: a small decoder that looks at a picture only where a word asks for it.
 
-The model of *Looking to Learn* (Ganescu, Salhan, Caines, Buttery; arXiv 2510.08470), whole, in one file. Read it in this order:
-  1. GateVLMConfig       every switch, with the values it takes
-  2. Attention, MLP      the two parts that everything else is made of
-  3. ImageEncoder        image features -> image tokens
-  4. Block               one decoder layer: self-attention, then the gated look at the image, then the MLP
-  5. clip_loss, lcg_loss the two contrastive losses that can be added in training
-  6. keep_best, ...      which tokens are worth running: the selection of *ReGATE* (Li, Kulkarni, Fazli; arXiv 2507.21420)
-  7. HeadLoss, GateVLM   the loss without the logits; embeddings, blocks, tied head; generate() with a key-value cache
-  8. pick_device, save and load: a run folder -> a model, in one call
+The model of *Looking to Learn* (Ganescu, Salhan, Caines, Buttery; arXiv 2510.08470), whole, in one file. Every part stands before what is
+built from it; for the whole first, read GateVLM.trunk (7) and Block.forward (4), then come back to the top.
+  1. GateVLMConfig         every switch, with the values it takes (above it: errors and flags, to skip at first)
+  2. Attention, MLP        the two parts that everything else is made of
+  3. ImageEncoder          image features -> image tokens, with channel attention as a switch
+  4. Block                 one decoder layer. forward: h_fused = g * h_text + (1 - g) * h_crossAttn, the paper's equation;
+                           gate_values: g, soft or Gumbel; modulate: FiLM, DyIntra; look: cross-attention, and what modulates what
+  5. clip_loss, lcg_loss   the two contrastive losses that can be added in training
+  6. keep_best             the tokens worth running, by a score: the selection of *ReGATE* (Li, Kulkarni, Fazli; arXiv 2507.21420). The score
+                           d = m + lambda * l_ref and the average m <- beta m + (1 - beta) l: train.py, class Elision; the schedule: is_dense
+     keep_sampled          the same score as a sampling weight: in neither paper, as is the switch visible
+  7. HeadLoss, GateVLM     the loss without the logits; embeddings, blocks, tied head; anneal: temperature of the Gumbel gates; generate()
+  8. pick_device, compiled, save_checkpoint, load_model: a run folder -> a model, in one call
 
-Letters in shape comments: B batch, T text positions, K image tokens, D width (n_embd), V vocabulary, nh heads, hs head size.
+Letters in shape comments: B batch, T text positions, K image tokens, D width (n_embd), V vocabulary, nh heads, hs head size;
+S positions attended to, N targets that are not padding, k positions of each row kept by elision (not K).
 """
 import math
 import os
@@ -105,7 +110,8 @@ class GateVLMConfig:
 # 2. the two parts
 
 class Attention(nn.Module):
-    """Multi-head attention of x (B,T,D) over itself, or over memory (B,S,D) when one is given."""
+    """Multi-head attention of x (B,T,D) over itself, or over memory (B,S,D) when one is given: (B,T,D). mask (B,T,S): True where a row may look.
+    cache: None, or a dict that is empty at the first call of generate and holds the keys and values of earlier calls afterwards."""
 
     def __init__(self, config):
         super().__init__()
@@ -230,7 +236,7 @@ class Block(nn.Module):
             every = embedded.scatter(1, keep[..., None].expand_as(h), h)  # (B, T, D)
             earlier = torch.arange(every.size(1), device=h.device) <= keep[..., None]  # (B, k, T)
             h = h + self.drop(self.attn(self.ln1(h), memory=self.ln1(every), mask=earlier))
-        gate = h.new_ones(h.shape[:2])  # a layer that does not look is all language
+        gate = h.new_ones(h.shape[:2])  # 1 where there is no gate: no image, a layer that does not look, or gate none (which adds v all the same)
         if image is not None and self.sees_image:
             t = self.ln2(h)
             if self.modulated == "text":
@@ -239,7 +245,7 @@ class Block(nn.Module):
             if self.config.gate == "none":
                 h = h + self.drop(v)
             else:
-                g = self.mix(torch.cat([t, v], dim=-1), temperature)  # (B, T, D) or (B, T, 1)
+                g = self.gate_values(torch.cat([t, v], dim=-1), temperature)  # (B, T, D) or (B, T, 1)
                 h = h + self.ln4(self.drop(g * t + (1 - g) * v))  # h_fused = g * h_text + (1 - g) * h_crossAttn
                 gate = g.mean(dim=-1)
         h = h + self.drop(self.mlp(self.ln3(h)))
@@ -270,7 +276,8 @@ class Block(nn.Module):
             return x * (1 + gamma) + beta
         return x * (1 + torch.sigmoid(self.condition(condition)))  # DyIntra
 
-    def mix(self, both, temperature):
+    def gate_values(self, both, temperature):
+        """The gate g in 0..1 of both = [t ; v] (B,T,2D): (B,T,D) or (B,T,1). A hard gate is 0 or 1 in eval only, soft and noisy in training."""
         logit = self.gate(both)
         if self.config.gate.startswith("soft"):
             return torch.sigmoid(logit)
@@ -337,7 +344,7 @@ class HeadLoss(torch.autograd.Function):
             rows = slice(i, i + HeadLoss.CHUNK)
             logp = (h[rows] @ weight.T).float().log_softmax(dim=-1)  # (chunk, V)
             losses[rows] = F.nll_loss(logp, targets[rows], reduction="none")
-            dlogits = logp.exp_()  # softmax minus one-hot
+            dlogits = logp.exp_()  # d loss / d logits = softmax - one-hot, in place of logp
             dlogits[torch.arange(len(dlogits), device=h.device), targets[rows]] -= 1
             dlogits *= scale[rows, None]
             dh[rows] = (dlogits @ weight).to(h.dtype)
@@ -353,6 +360,8 @@ class HeadLoss(torch.autograd.Function):
 
 
 class GateVLM(nn.Module):
+    """The whole model: embeddings, blocks, norm, head. A batch without images skips the image encoder, cross-attention and gates."""
+
     def __init__(self, config):
         super().__init__()
         self.config = config
@@ -379,7 +388,7 @@ class GateVLM(nn.Module):
             nn.init.normal_(module.weight, std=(3 * module.weight.size(1)) ** -0.5)  # GPT-2's 0.02 at width 768, more where narrow
         if isinstance(module, nn.Linear) and module.bias is not None:
             nn.init.zeros_(module.bias)
-        if isinstance(module, (Attention, MLP)):  # the residual stream sums 2 * n_layer of these (GPT-2)
+        if isinstance(module, (Attention, MLP)):  # the residual stream sums 2 * n_layer of these (GPT-2); image layers are scaled alike
             module.proj.weight.data /= math.sqrt(2 * self.config.n_layer)
         if isinstance(module, ImageEncoder):
             nn.init.normal_(module.position, std=0.5)  # about the scale of the projected features beside it
@@ -441,7 +450,7 @@ class GateVLM(nn.Module):
             real = targets != -1  # (B, T); padding never reaches the head
             # where the real targets stand; a GPU that is told how many there are need not stop to count them
             at = torch.nonzero_static(real.flatten(), size=int(real.sum()) if n_target is None else n_target)[:, 0]  # (N,)
-            scale = torch.full_like(at, 1 / len(at), dtype=torch.float32) if weight is None else weight.flatten()[at]
+            scale = torch.full_like(at, 1 / max(1, len(at)), dtype=torch.float32) if weight is None else weight.flatten()[at]
             logits, (loss, losses) = None, HeadLoss.apply(h.flatten(0, 1)[at], self.head.weight[:self.config.vocab_size], targets.flatten()[at], scale)
             self.loss_parts, self.target_losses, self.target_at = {"language": loss.detach()}, losses, at
             if self.training and image is not None and self.config.contrastive != "none":
@@ -503,16 +512,16 @@ class GateVLM(nn.Module):
                 h, _, _, _ = self.trunk(idx[:, -1:] if use_cache and step else idx, image, cache)
                 logits = self.logits(h[:, -1]).float()  # (B, V)
                 if temperature == 0:
-                    best = logits.argmax(dim=-1)  # (B,)
+                    token = logits.argmax(dim=-1)  # (B,)
                 else:
                     if top_k is not None:
                         least = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]
                         logits = logits.masked_fill(logits < least, -math.inf)
-                    best = torch.multinomial(F.softmax(logits / temperature, dim=-1), 1)[:, 0]
+                    token = torch.multinomial(F.softmax(logits / temperature, dim=-1), 1)[:, 0]
                 if eot is not None:
-                    best = best.masked_fill(done, eot)
-                    done = done | (best == eot)
-                idx = torch.cat([idx, best[:, None]], dim=1)
+                    token = token.masked_fill(done, eot)
+                    done = done | (token == eot)
+                idx = torch.cat([idx, token[:, None]], dim=1)
                 if done.all():
                     break
         finally:

@@ -64,7 +64,7 @@ class TrainConfig:
     max_steps: int = option(0, "end the schedule after this many steps; 0 = the whole curriculum")
     images: bool = option(True, "show the images; --no-images trains on the captions as text, without any image module")
     batch_tokens: int = option(8192, "tokens per step, over all micro-batches and GPUs")
-    grad_accum: int = option(1, "micro-batches that a step is split into, to save memory")
+    grad_accum: int = option(1, "micro-batches that a step is split into, to save memory; a contrastive loss compares within one")
     length_multiple: int = option(8, "captions are padded to a multiple of this many tokens, so that torch.compile meets few shapes")
     optimizer: str = option("adamw", "muon = Muon for the hidden matrices and AdamW for the rest", ("adamw", "muon"))
     lr: float = option(5e-5, "peak learning rate")
@@ -176,7 +176,7 @@ def epoch_plan(kind, epoch, config, block_size, data):
         n = len(data.text["train"]) - 1
         if n < block_size:
             raise InputError(f"{data.folder}: {n + 1} tokens of text are too few for blocks of {block_size}; use --curriculum caption-only or a smaller --block_size")
-        starts = rng.integers(n % block_size + 1) + block_size * rng.permutation(n // block_size)
+        starts = rng.integers(n % block_size + 1) + block_size * rng.permutation(n // block_size)  # n % block_size are left over
         rows = max(1, config.batch_tokens // block_size)
         text = [("T", starts[i:i + rows]) for i in range(0, len(starts), rows)]
     if kind in "CM":
@@ -187,7 +187,8 @@ def epoch_plan(kind, epoch, config, block_size, data):
         order = order[np.argsort(-length[order], kind="stable")]  # longest first; a batch holds captions of about one length
         i = 0
         while i < len(order):
-            rows = max(1, config.batch_tokens // int(-(-length[order[i]] // config.length_multiple) * config.length_multiple))
+            T = math.ceil(length[order[i]] / config.length_multiple) * config.length_multiple  # padded length of the batch's first, longest caption
+            rows = max(1, config.batch_tokens // T)
             captions.append(("C", order[i:i + rows]))
             i += rows
         captions = [captions[i] for i in rng.permutation(len(captions))]
@@ -319,8 +320,8 @@ class Elision:
             return reference
         n = self.count[kind][place]
         m = self.difficulty[kind][place] / (1 - beta ** n).clamp(min=1e-9)  # an average that starts at 0, corrected as in Adam
-        # for a token that was never run the teacher's loss stands in; without a teacher it comes first, in an order without meaning
-        m = torch.where(n > 0, m, reference if self.reference else 1000 + place * 40503 % 65536 / 65536)
+        # a token that was never run: the teacher's loss or, without one, 1000 (it comes first) + a hash of its place (40503 = 2^16 / golden ratio)
+        m = torch.where(n > 0, m, reference if self.reference else 1000 + (place * 40503 % 65536) / 65536)
         return (m + self.config.elide_lambda * reference).float()
 
     def choose(self, kind, place, real, k):
@@ -354,7 +355,8 @@ class Elision:
 def image_statistics(data):
     """Mean and standard deviation (image_dim,) of the training images, from at most 2,000 of them."""
     rows = np.unique(data.image_row["train"])
-    x = torch.from_numpy(data.images(rows[::-(-len(rows) // 2000)])).flatten(0, 1)  # (n * K, image_dim)
+    stride = math.ceil(len(rows) / 2000)
+    x = torch.from_numpy(data.images(rows[::stride])).flatten(0, 1)  # (n * K, image_dim)
     std = x.std(dim=0, correction=0)
     return x.mean(dim=0), std + 1e-3 * std.mean() + 1e-12  # a feature that never varies is not blown up
 
@@ -440,7 +442,7 @@ def train(config, model_config, data, state=None):
     plan = epoch_plan(kinds[now["epoch"]], now["epoch"], config, model_config.block_size, data)
 
     path = lambda name: os.path.join(config.out, name)
-    signals, bad = [], torch.zeros((), device=device)
+    signals, bad = [], torch.zeros((), device=device)  # signals caught; first step (from 1) whose loss or gradient was not finite, 0 = none
     if main_process:
         lines = [line for line in read_log(path("log.jsonl")) if line["step"] <= now["step"]] if state else []
         with open(path("log.jsonl.part"), "w", encoding="utf-8") as f:
@@ -512,7 +514,7 @@ def train(config, model_config, data, state=None):
             elides = elision is not None and kind in elision.kinds  # does this step keep the books of elision, and does it run fewer tokens?
             nth = now["caption_step"] if kind == "C" else now["step"] - now["caption_step"]
             sparse = elides and not is_dense(nth, n_kind_step[kind], config)
-            k = max(1, round(config.keep_ratio * n_real / len(rows))) if sparse else None
+            k = max(1, round(config.keep_ratio * n_real / len(rows))) if sparse else None  # p of the mean length: the rows of a batch are about as long
             n_kept = n_target(batch, model_config, data, k)
             for micro in range(config.grad_accum):
                 part = kind, rows[micro * world + rank::config.grad_accum * world]
@@ -539,7 +541,7 @@ def train(config, model_config, data, state=None):
                 if keep is not None:
                     targets, place = targets.gather(1, keep), place.gather(1, keep)
                 if elides:
-                    at = raw.target_at[:n_part if share else 0]
+                    at = raw.target_at if share else raw.target_at[:0]  # (N,); the stand-in for an empty part has nothing to tell
                     news = place.flatten()[at], raw.target_losses[:len(at)]
                     for told in [news] if world == 1 else gather(news):
                         elision.update(kind, *told)
@@ -562,7 +564,8 @@ def train(config, model_config, data, state=None):
                 check_finite()
             if logs:
                 if world > 1:
-                    dist.all_reduce(loss)
+                    for part in [loss] if extra is None else [loss, extra]:  # each process holds its share of the mean
+                        dist.all_reduce(part)
                 line = {"step": now["step"], "epoch": now["epoch"], "kind": kind, "loss": loss.item(), "lr": lr,
                         "grad_norm": norm.item(), "tokens_seen": now["tokens_seen"],
                         "tokens_processed": now["tokens_processed"], "kept": n_kept / n_real,
@@ -634,6 +637,7 @@ def finish(config, data):
                     "reference_seconds": now["reference_seconds"]}
     prepare_data.write_json(path("summary.json"), summary)
     lines = read_log(path("log.jsonl"))
+    # validation lines have no kind; an elided step's loss is that of its hard tokens only, so it is not drawn
     series = {name: [(line["step"], line[key]) for line in lines if line.get(key) is not None and line.get("kind", kind) == kind and line.get("kept", 1) == 1]
               for name, key, kind in (("captions, training", "loss", "C"), ("captions, validation", "val_loss_caption", None),
                                       ("text, training", "loss", "T"), ("text, validation", "val_loss_text", None))}
