@@ -736,6 +736,17 @@ def test_two_processes_are_one(letters, tmp_path):
     assert read(tmp_path / "two" / "summary.json")["val_loss_caption"] == pytest.approx(summary["val_loss_caption"], rel=1e-4)
 
 
+def test_two_processes_log_the_contrastive_loss_of_both(toy, tmp_path):
+    """A contrastive loss compares within a micro-batch: 2 processes hold the halves that 1 process with 2 micro-batches has one after the other."""
+    flags = "--curriculum C --max_steps 2 --contrastive clip --data".split() + [toy]
+    result = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", TRAIN_PY, *TINY.split(), *flags, "--out", str(tmp_path / "two")],
+                            capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""})
+    assert result.returncode == 0, result.stderr
+    run(tmp_path / "one", toy, " ".join(flags) + " --grad_accum 2")
+    one, two = ([line["contrastive"] for line in steps(tmp_path / name)] for name in ("one", "two"))
+    assert len(one) == 2 and two == pytest.approx(one, rel=1e-4)
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # every field of TrainConfig does something, and only that
 
