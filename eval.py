@@ -727,12 +727,15 @@ def fold_seeds(runs):
     groups, aside = {}, ("seed", "out", "device", "compile", "log_interval", "save_interval", "stop_after", "keep_checkpoints")
     for name, (config, numbers) in runs.items():
         same = {part: {key: value for key, value in config[part].items() if key not in aside} for part in ("train", "model")}
-        groups.setdefault(json.dumps(same, sort_keys=True), []).append((name, numbers))
+        key, seed = json.dumps(same, sort_keys=True), config["train"].get("seed")
+        while seed in [known for _, known, _ in groups.get(key, [])]:
+            key += " again"  # a seed a second time is not another seed
+        groups.setdefault(key, []).append((name, seed, numbers))
     rows = []
     for members in groups.values():
         columns = {}
-        for column in members[0][1]:
-            x = [numbers[column] for _, numbers in members if numbers.get(column) is not None]
+        for column in members[0][2]:
+            x = [numbers[column] for _, _, numbers in members if numbers.get(column) is not None]
             if len(x) == len(members):
                 columns[column] = float(np.mean(x)), float(np.std(x, ddof=1)) if len(x) > 1 else None
         rows.append((members[0][0], len(members), columns))

@@ -808,6 +808,8 @@ def test_fold_seeds_by_hand():
     # 60, 63, 69: mean 64, squared deviations 16 + 1 + 25 = 42 over 2; a column that a seed lacks is no mean
     assert rows[0][2] == {"blimp": (64.0, pytest.approx(math.sqrt(21))), "caption loss": (3.0, pytest.approx(2.0))}
     assert rows[1][2] == {"blimp": (70.0, None)} and rows[2][2] == {"blimp": (50.0, None), "vqa": (1.0, None)}
+    rows = evaluation.fold_seeds({name: (config(seed), {"blimp": 60.0 + seed}) for name, seed in (("a", 1), ("copy", 1), ("b", 2))})
+    assert [(name, n) for name, n, _ in rows] == [("a", 2), ("copy", 1)]  # the same seed twice would make the spread too small
 
 
 def test_print_runs_marks_the_best(capsys):
