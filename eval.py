@@ -473,6 +473,8 @@ def load_teacher(run, data, device="cpu"):
 def gate_table(model, data, upos=None, norms=None, teacher=None):
     """Rows {column: value}, one per token of every held-out caption, and the names of the norms: the word and its class, its norms,
     its gate in every layer that looks and their mean, its loss in nats with and without the image, and a teacher's (gates.csv)."""
+    if teacher is not None and teacher.config.block_size < model.config.block_size:
+        raise InputError(f"the teacher reads {teacher.config.block_size} tokens, the model {model.config.block_size}; expected at least as many")
     ids, layers, rows = spread_ids(data, None, model.config.block_size), looking(model), []
     if not norms:  # frequency, at least, can be counted
         counts = Counter()
@@ -483,8 +485,6 @@ def gate_table(model, data, upos=None, norms=None, teacher=None):
     losses, gates = caption_losses(model, data, ids)
     others = {"loss_no_image": caption_losses(model, data, ids, "none")[0]}
     if teacher is not None:
-        if teacher.config.block_size < model.config.block_size:
-            raise InputError(f"the teacher reads {teacher.config.block_size} tokens, the model {model.config.block_size}; expected at least as many")
         others["loss_teacher"] = caption_losses(teacher, data, ids, "none")[0]
     for n, (i, loss, gate) in enumerate(zip(ids, losses, gates)):
         tokens = data.caption("val", i, len(loss))
@@ -836,7 +836,7 @@ def gate_numbers(found):
     numbers |= {"rho saved": found["papers_agree"]["rho"], "rho teacher": found.get("teacher_agrees", {}).get("rho")}
     if found["regression"]:
         numbers |= {"R2": found["regression"]["r2"], **{f"R2 -{name}": x for name, x in found["regression"]["r2_lost_without"].items()}}
-    return {name: None if x is None else float(x) for name, x in numbers.items()}
+    return numbers
 
 
 def show_gates(found):

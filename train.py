@@ -672,6 +672,8 @@ def start(preset, resume, flags, out, main_process):
                 raise InputError(f"--{name} {value}: the run in {out} was started with {values.get(name)}; only {', '.join(FREE)} may change on --resume")
         values |= flags | {"out": out}
     else:
+        if saved:
+            raise InputError(f"{out} holds a run already: --resume goes on with it, --out starts another")
         values = PRESETS[preset] | flags | {"out": out}
         if values.get("teacher"):
             values.setdefault("elide", "regate")
@@ -679,8 +681,6 @@ def start(preset, resume, flags, out, main_process):
             values["data"] = os.path.join("data", "toy16" if values.get("n_image_token", 1) == 16 else "toy")
             if not os.path.exists(values["data"]) and main_process:
                 prepare_data.main(["toy", "--out", values["data"], "--n_image_token", str(values.get("n_image_token", 1))])
-        if saved:
-            raise InputError(f"{out} holds a run already: --resume goes on with it, --out starts another")
     if world > 1:
         on_cuda = pick_device(values.get("device", "auto"), int(os.environ.get("LOCAL_RANK", 0))).type == "cuda"
         dist.init_process_group("nccl" if on_cuda else "gloo", timeout=timedelta(hours=4))  # reference losses may take that long
