@@ -624,6 +624,13 @@ def draw_gates(path, words, gates, picture=None, title="", kept=None):
     canvas.save(path)
 
 
+def ticks(low, high):
+    """Four to ten round numbers between low and high, 1, 2 or 5 times a power of ten apart."""
+    power = 10.0 ** math.floor(math.log10((high - low) / 4))
+    step = max(k * power for k in (1, 2, 5) if k * power <= (high - low) / 4)
+    return np.arange(math.ceil(low / step), math.floor(high / step) + 1) * step
+
+
 def draw_curves(path, series, title, xlabel, floors=(), top=1.0):
     """Lines {label: [(x, y)]} with their labels at the right end, and horizontal dashed floors [(label, y)]. Points above the
     quantile top are cut: the first steps of a loss would flatten all the rest."""
@@ -639,11 +646,11 @@ def draw_curves(path, series, title, xlabel, floors=(), top=1.0):
     draw = ImageDraw.Draw(canvas)
     draw.text((box[0], 16), title, INK, font(20))
     draw.text((box[2], box[3] + 30), xlabel, INK, font(14), anchor="ra")
-    for tick in np.linspace(y0, y1, 6):
+    for tick in ticks(y0, y1):
         draw.line((*px(x0, tick), *px(x1, tick)), GRID)
-        draw.text((box[0] - 8, px(x0, tick)[1]), f"{tick:.2f}", INK, font(14), anchor="rm")
-    for tick in np.linspace(x0, x1, 6):
-        draw.text((px(tick, y0)[0], box[3] + 8), f"{tick:,.0f}", INK, font(14), anchor="ma")
+        draw.text((box[0] - 8, px(x0, tick)[1]), f"{tick:,.10g}", INK, font(14), anchor="rm")
+    for tick in ticks(x0, x1):
+        draw.text((px(tick, y0)[0], box[3] + 8), f"{tick:,.10g}", INK, font(14), anchor="ma")
     labels = []
     for label, y in floors:
         for x in range(box[0], box[2], 12):

@@ -1083,6 +1083,14 @@ def test_draw_curves_goes_down_where_the_loss_does(tmp_path):
     assert not os.path.exists(tmp_path / "empty.png")
 
 
+def test_ticks_are_round_numbers_within_the_axis():
+    for low, high, expected in (0.1, 2.29, ["0.5", "1", "1.5", "2"]), (3, 4, ["3", "3.2", "3.4", "3.6", "3.8", "4"]), (10, 1098, ["200", "400", "600", "800", "1000"]):
+        assert [f"{tick:.10g}" for tick in evaluation.ticks(low, high)] == expected
+    for low, high in np.random.default_rng(0).uniform((-5, 0.001), (5, 1000), (200, 2)) @ [[1, 1], [0, 1]]:
+        every = evaluation.ticks(low, high)
+        assert 4 <= len(every) <= 11 and low - 1e-6 <= every[0] and every[-1] <= high + 1e-6
+
+
 def test_gate_picture_draws_the_gates_of_its_caption(finished, toy, tmp_path, monkeypatch):
     drawn, model, data = [], load_model(finished.out), prepare_data.Data(toy)
     monkeypatch.setattr(evaluation, "draw_gates", lambda path, words, gates, picture, title, kept: drawn.append((words, gates, picture)))
