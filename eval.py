@@ -3,7 +3,6 @@
 In reading order: losses with and without the image, the five benchmarks, words and their gates, statistics, what the gate
 learned, pictures, several runs or checkpoints side by side, command line.
 """
-import argparse
 import csv
 import glob
 import itertools
@@ -11,15 +10,14 @@ import json
 import math
 import os
 from collections import Counter
-from contextlib import contextmanager
 
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from tqdm import tqdm
 
-from gatevlm import InputError, load_checkpoint, load_model, pick_device, run_script
-from prepare_data import Data, check_same_tokenizer, load_meta, load_npy, load_tokenizer, make_encoder, open_picture, read_json, read_lines, unpatch, write_json
+from gatevlm import InputError, Parser, evaluating, load_checkpoint, load_model, pick_device, run_script
+from prepare_data import Data, check_same_tokenizer, length_batches, load_meta, load_npy, load_tokenizer, make_encoder, open_picture, read_json, read_lines, unpatch, write_json
 
 # the five benchmarks, and the share of items that guessing gets right, in percent
 TASKS = {"blimp": 50.0, "supplement": 50.0, "ewok": 50.0, "winoground": 50.0, "vqa": 12.5}
@@ -43,18 +41,6 @@ CONTENT_TAGS = frozenset("ADJ ADV NOUN NUM PROPN VERB".split())
 # ----------------------------------------------------------------------------------------------------------------------
 # losses
 
-@contextmanager
-def evaluating(model):
-    """Eval mode without gradients, and back to what it was."""
-    was_training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        model.train(was_training)
-
-
 def caption_losses(model, data, ids, view="image", batch_tokens=8192, split="val"):
     """Per caption of a split: losses (n_token,) in nats and gates (n_layer, n_token). view: "image" shows each its
     own image, "other" the next image of the file, "none" withholds it."""
@@ -63,9 +49,8 @@ def caption_losses(model, data, ids, view="image", batch_tokens=8192, split="val
     if view == "other":
         every = np.unique(data.image_row[split])
         rows = every[(np.searchsorted(every, rows) + 1) % len(every)]
-    losses, gates, order, i = [None] * len(ids), [None] * len(ids), np.argsort(-length, kind="stable"), 0
-    while i < len(order):
-        pick = order[i:i + max(1, batch_tokens // int(length[order[i]]))]  # longest first, so that little is padding
+    losses, gates = [None] * len(ids), [None] * len(ids)
+    for pick in length_batches(length, batch_tokens):
         seen = view != "none" and model.config.n_image_token > 0
         idx, targets, image = (x if x is None else torch.from_numpy(x).to(device)
                                for x in data.caption_batch(split, ids[pick], block, rows[pick], images=seen))
@@ -73,7 +58,6 @@ def caption_losses(model, data, ids, view="image", batch_tokens=8192, split="val
             loss, gate = (x.cpu().numpy() for x in model.token_losses(idx, targets, image))
         for j, k in enumerate(pick):
             losses[k], gates[k] = loss[j, :length[k]], gate[:, j, :length[k]]
-        i += len(pick)
     return losses, gates
 
 
@@ -206,11 +190,13 @@ def option_ids(item, encoding, block_size):
 def grow_trees(pieces, width):
     """Pieces (image, ids, first) -> trees of at most about width tokens, in which texts that begin alike share their beginning
     and are computed once, and for each piece (tree, its scored edges). A tree is (image, tokens, parent of each token, edges);
-    an edge (i, token) asks how well the model at token i predicts that token."""
+    an edge (i, token) asks how well the model at token i predicts that token. Of the texts "a cat ran ." and "a cat sat":
+        tokens  <eot> a cat ran    parent  0 0 1 2    edges  (0, a) (1, cat) (2, ran) (3, .) (2, sat)
+    "." and "sat" end their texts, so they are asked for but never read; the second text is scored by edges 0, 1, 4."""
     trees, found, previous = [], [None] * len(pieces), ((), ())
     for n in sorted(range(len(pieces)), key=lambda n: (pieces[n][0] or (), pieces[n][1])):
         image, ids, first = pieces[n]
-        common = len(os.path.commonprefix([previous[1], ids]))
+        common = len(os.path.commonprefix([previous[1], ids]))  # despite its name, it takes any two sequences
         if not trees or previous[0] != image or common == 0 or len(trees[-1][1]) + len(ids) - common > width:
             trees.append((image, [], [], []))
             path, scored, common = [], [], 0  # path[k]: where ids[k] stands in the tree; scored[k]: the edge that asks for ids[k + 1]
@@ -234,10 +220,8 @@ def score(model, pieces, states=None, batch_tokens=None, width=128):
     device = next(model.parameters()).device
     batch_tokens = batch_tokens or (1024 if device.type == "cpu" else 16384)  # what stays in a CPU's cache is fastest
     trees, found = grow_trees(pieces, width)
-    order, losses, i = sorted(range(len(trees)), key=lambda t: -len(trees[t][1])), [None] * len(trees), 0
-    progress = tqdm(total=len(trees), disable=None, leave=False, desc="scoring")
-    while i < len(order):
-        batch = order[i:i + max(1, batch_tokens // len(trees[order[i]][1]))]  # largest first, so that little is padding
+    losses, progress = [None] * len(trees), tqdm(total=len(trees), disable=None, leave=False, desc="scoring")
+    for batch in length_batches([len(tokens) for _, tokens, _, _ in trees], batch_tokens):
         B, T = len(batch), len(trees[batch[0]][1])
         idx, parent = torch.zeros(2, B, T, dtype=torch.long)
         for row, t in enumerate(batch):
@@ -257,7 +241,6 @@ def score(model, pieces, states=None, batch_tokens=None, width=128):
         loss = -logp[at, target].cpu().double().numpy()
         for t, part in zip(batch, np.split(loss, np.cumsum([len(trees[t][3]) for t in batch])[:-1])):
             losses[t] = part
-        i += B
         progress.update(B)
     progress.close()
     return np.array([-losses[t][edges].sum() for t, edges in found])
@@ -461,20 +444,20 @@ def read_upos(path):
     return {word: row["upos"] for word, row in table.items()}
 
 
-def load_teacher(run, data, device="cpu"):
-    """The text-only model of a run folder; InputError when it cannot judge the tokens of this data."""
+def load_teacher(run, data, device="cpu", block_size=0):
+    """The text-only model of a run folder; InputError when it cannot judge texts of block_size tokens of this data."""
     model = load_model(run, device=device)
     check_same_tokenizer(run, data)
     if model.config.n_image_token:
         raise InputError(f"--teacher {run} has image tokens; expected a text-only model, trained with --no-images")
+    if model.config.block_size < block_size:
+        raise InputError(f"--teacher {run} reads {model.config.block_size} tokens, the model {block_size}; expected at least as many")
     return model
 
 
 def gate_table(model, data, upos=None, norms=None, teacher=None):
     """Rows {column: value}, one per token of every held-out caption, and the names of the norms: the word and its class, its norms,
     its gate in every layer that looks and their mean, its loss in nats with and without the image, and a teacher's (gates.csv)."""
-    if teacher is not None and teacher.config.block_size < model.config.block_size:
-        raise InputError(f"the teacher reads {teacher.config.block_size} tokens, the model {model.config.block_size}; expected at least as many")
     ids, layers, rows = spread_ids(data, None, model.config.block_size), looking(model), []
     if not norms:  # frequency, at least, can be counted
         counts = Counter()
@@ -527,7 +510,9 @@ def gate_report(rows, names, last):
         for unit, some in ("tokens", starts), ("words", words):
             some = [row for row in some if row[name] is not None]
             result["spearman"].setdefault(name, {})[unit] = spearman(value(name, some), value("gate", some))
-    predictors = {"class": "class"} | {short: name for short in ("concreteness", "frequency") for name in reversed(names) if short in name}
+    predictors = {"class": "class"}
+    for short in "concreteness", "frequency":
+        predictors |= {short: name for name in names if short in name and short not in predictors}
     some = [row for row in words if row["class"] != "other" and all(row[name] is not None for name in predictors.values())]
     result["regression"] = regress(some, predictors)
 
@@ -568,7 +553,8 @@ def report(model, data, upos=None):
     for view, name in ("none", "val_loss_caption_no_image"), ("other", "val_loss_caption_other_image"):
         result[name] = result["val_loss_caption"] if blind else mean_loss(caption_losses(model, data, ids, view)[0])
     result["val_loss_text"] = text_loss(model, data)
-    if "floor_with_image" in data.meta and losses:
+    cut = data.lengths("val", math.inf).max(initial=0) > model.config.block_size  # the floors are those of whole captions
+    if "floor_with_image" in data.meta and losses and not cut:
         high, low = data.meta["floor_text_only"], data.meta["floor_with_image"]
         result |= {"floor_with_image": low, "floor_text_only": high,
                    "visual_information_captured": (high - result["val_loss_caption"]) / (high - low)}
@@ -581,7 +567,7 @@ def report(model, data, upos=None):
                 by_class[kind].append((gate[layers, position].mean() if layers else np.nan, loss[position]))
     for kind, rows in by_class.items():
         gate, loss = np.mean(rows, axis=0, dtype=np.float64).tolist() if rows else (None, None)
-        result |= {f"gate_{kind}_words": gate if layers and not blind else None, f"val_loss_{kind}_words": loss}
+        result |= {f"gate_{kind}_words": gate if layers else None, f"val_loss_{kind}_words": loss}
     return result
 
 
@@ -591,6 +577,7 @@ def report(model, data, upos=None):
 INK, PAPER, GRID = (30, 30, 30), (255, 255, 255), (225, 225, 225)
 LOOKS = (245, 140, 40)
 LINES = [(200, 80, 20), (30, 90, 180), (40, 140, 70), (130, 60, 160), (90, 90, 90)]
+MARKS = [(4, 4), (4, 4), (1, 6), (6, 1), (4, 4)]  # half width and height: dot, ring, bars, empty square, to tell the lines apart without color
 
 
 def font(size):
@@ -627,7 +614,7 @@ def draw_gates(path, words, gates, picture=None, title="", kept=None):
 def ticks(low, high):
     """Four to ten round numbers between low and high, 1, 2 or 5 times a power of ten apart."""
     power = 10.0 ** math.floor(math.log10((high - low) / 4))
-    step = max(k * power for k in (1, 2, 5) if k * power <= (high - low) / 4)
+    step = max((k * power for k in (1, 2, 5) if k * power <= (high - low) / 4), default=power)
     return np.arange(math.ceil(low / step), math.floor(high / step) + 1) * step
 
 
@@ -659,9 +646,9 @@ def draw_curves(path, series, title, xlabel, floors=(), top=1.0):
     for i, (color, (label, line)) in enumerate(zip(LINES, series.items())):
         if line:
             draw.line([px(*p) for p in line], color, 2)
-            for x, y in (px(*p) for p in line[::max(1, len(line) // 12)]):  # dots, rings, bars, ...: to tell the lines apart without color
-                shape = [(x - 4, y - 4, x + 4, y + 4), (x - 4, y - 4, x + 4, y + 4), (x - 1, y - 6, x + 1, y + 6), (x - 6, y - 1, x + 6, y + 1), (x - 4, y - 4, x + 4, y + 4)][i]
-                (draw.ellipse if i < 2 else draw.rectangle)(shape, PAPER if i in (1, 4) else color, color)
+            w, h = MARKS[i]
+            for x, y in (px(*p) for p in line[::max(1, len(line) // 12)]):
+                (draw.ellipse if i < 2 else draw.rectangle)((x - w, y - h, x + w, y + h), PAPER if i in (1, 4) else color, color)
             labels.append((px(*line[-1])[1], f"{label} {line[-1][1]:.3f}", color))
     last = -100
     for y, label, color in sorted(labels):
@@ -767,9 +754,9 @@ def score_checkpoints(run, data, root, tasks, protocol, device):
     rows = []
     for path in sorted(glob.glob(os.path.join(glob.escape(run), "checkpoints", "step_*.pt"))):
         now, model = load_checkpoint(path).get("now", {}), load_model(run, os.path.join("checkpoints", os.path.basename(path)), device)
-        results, _, missing = benchmark(model, data.encoding, root, tasks, protocol)
         if not {"step", "epoch", "kind", "ends_epoch"} <= set(now):
             raise InputError(f"{path}: not a checkpoint of --keep_checkpoints")
+        results, _, missing = benchmark(model, data.encoding, root, tasks, protocol)
         rows.append({**{key: now[key] for key in ("step", "epoch", "kind", "ends_epoch")}, **validate(model, data, 50000),
                      **{task: result["mean"] for task, result in results.items()}})
     if not rows:
@@ -792,7 +779,13 @@ def oscillation(rows):
 # ----------------------------------------------------------------------------------------------------------------------
 # what the command line asks for
 
-def show_benchmarks(run, results, paradigms):
+def draw_paradigms(run, results):
+    bars = [(f"{task}: {uid}", TASKS[task], x, None) for task, r in results.items() for uid, x in sorted(r["by_uid"].items(), key=lambda x: -x[1])]
+    if bars:
+        draw_bars(os.path.join(run, "paradigms.png"), bars, "accuracy in %, from chance", 0, 100)
+
+
+def show_benchmarks(results, paradigms):
     rows = [["task", "items", "chance", "accuracy", "without image", "ties"]]
     rows += [[task, r["n"], TASKS[task], r["mean"], r.get("mean_no_image"), r["ties"]] for task, r in results.items()]
     if results:
@@ -806,9 +799,6 @@ def show_benchmarks(run, results, paradigms):
             print(f"{task}, {tag}: {r['by_tag'][tag]:.2f}, without image {r['by_tag_no_image'][tag]:.2f}")
     if paradigms:
         print_table([["paradigm", "accuracy"]] + [[f"{task}: {uid}", x] for task, r in results.items() for uid, x in r["by_uid"].items()])
-    bars = [(f"{task}: {uid}", TASKS[task], x, None) for task, r in results.items() for uid, x in sorted(r["by_uid"].items(), key=lambda x: -x[1])]
-    if bars:
-        draw_bars(os.path.join(run, "paradigms.png"), bars, "accuracy in %, from chance", 0, 100)
 
 
 def learn_gates(run, model, data, upos, norms, teacher):
@@ -912,7 +902,7 @@ def show_picture(run, model, path, prompt):
 
 
 def make_parser():
-    parser = argparse.ArgumentParser(description="What a trained run knows: benchmarks, losses, what its gate learned, pictures. "
+    parser = Parser(description="What a trained run knows: benchmarks, losses, what its gate learned, pictures. "
                                      "Several runs print tables, a row per run; runs that differ only in seed are one row.", allow_abbrev=False)
     parser.add_argument("run", nargs="+", help="run folder made by train.py")
     parser.add_argument("--babylm_eval", default="", metavar="DIR", help="an evaluation_data/full_eval folder (default: that of the run's own data)")
@@ -928,10 +918,6 @@ def make_parser():
     parser.add_argument("--image", default="", metavar="FILE", help="caption this picture instead")
     parser.add_argument("--prompt", default="", help="how the caption of --image begins")
     parser.add_argument("--device", default="auto", help="cpu, cuda, mps, or auto for the best there is (default: %(default)s)")
-
-    def error(message):
-        raise InputError(message)
-    parser.error = error
     return parser
 
 
@@ -953,15 +939,15 @@ def open_data(run, config):
 
 
 def main(argv=None):
-    """Score runs and write results.json, predictions.json, gates.csv, gates.json and gates_by_class.png into their folders; prints all about a
-    single run, or tables over several. Returns {run: results}, or None where other things were asked for."""
+    """Score runs and write results.json, predictions.json, paradigms.png, gates.csv, gates.json and gates_by_class.png into their folders;
+    prints all about a single run and draws its gates.png, or prints tables over several. Returns {run: results}, or None where other things were asked for."""
     args = make_parser().parse_args(argv)
     tasks, device = list(dict.fromkeys(args.tasks.split(","))), pick_device(args.device)
     for task in tasks:
         if task not in TASKS:
             raise InputError(f"--tasks {task}: expected some of {', '.join(TASKS)}")
-    if len(args.run) > 1 and (args.image or args.checkpoints or args.caption is not None):
-        raise InputError("--image, --checkpoints and --caption take one run")
+    if len(args.run) > 1 and (args.image or args.checkpoints or args.paradigms or args.caption is not None):
+        raise InputError("--image, --checkpoints, --paradigms and --caption take one run")
     names = [os.path.normpath(run) for run in dict.fromkeys(args.run)]
     runs = {run: (*read_run(run), load_model(run, device=device), load_tokenizer(run)) for run in names}  # before anything is scored
     root_of = lambda config: args.babylm_eval or os.path.join(config["train"]["data"], "evaluation_data", "full_eval")
@@ -975,7 +961,7 @@ def main(argv=None):
     every, tables, year = {}, ({}, {}, {}), "" if args.protocol == "2025" else f"_{args.protocol}"
     for run, (config, summary, model, encoding) in runs.items():
         data = open_data(run, config)  # first: data or a teacher that do not fit overwrite nothing
-        teacher = load_teacher(args.teacher, data, device) if args.teacher else None
+        teacher = load_teacher(args.teacher, data, device, model.config.block_size) if args.teacher else None
         results, predictions, missing = benchmark(model, encoding, root_of(config), tasks, args.protocol)
         every[run] = results
         for line in missing:
@@ -984,6 +970,7 @@ def main(argv=None):
             raise InputError(f"{args.babylm_eval}: none of {args.tasks} is there; expected an evaluation_data/full_eval folder")
         write_json(os.path.join(run, f"results{year}.json"), results)
         write_json(os.path.join(run, f"predictions{year}.json"), predictions)
+        draw_paradigms(run, results)
         found = learn_gates(run, model, data, upos, norms, teacher)
         scores = {name: value for task, r in results.items() for name, value in ((task, r["mean"]), (f"{task} blind", r.get("mean_no_image")))}
         scores |= {"mean": float(np.mean([r["mean"] for r in results.values()])) if results else None}
@@ -1002,7 +989,7 @@ def main(argv=None):
                 print(f"\n{title}")
                 print_runs(fold_seeds(table))
         return every
-    show_benchmarks(run, results, args.paradigms)
+    show_benchmarks(results, args.paradigms)  # from here on the one run of the loop above
     print()
     for name, value in report(model, data, upos).items():
         print(f"{name:32} {value if not isinstance(value, float) else f'{value:.4f}'}")

@@ -17,10 +17,12 @@ built from it; for the whole first, read GateVLM.trunk (7) and Block.forward (4)
 Letters in shape comments: B batch, T text positions, K image tokens, D width (n_embd), V vocabulary, nh heads, hs head size;
 S positions attended to, N targets that are not padding, k positions of each row kept by elision (not K).
 """
+import argparse
 import math
 import os
 import sys
 import zipfile
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 
 import torch
@@ -48,6 +50,23 @@ def run_script(main):
     except (InputError, OSError) as error:
         print(f"{os.path.basename(sys.argv[0])}: {error}", file=sys.stderr)
         sys.exit(2)
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):  # as any other wrong input
+        raise InputError(message)
+
+
+@contextmanager
+def evaluating(model):
+    """Eval mode without gradients, and back to what it was."""
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(was_training)
 
 
 def option(default, help, choices=None):
@@ -83,8 +102,8 @@ class GateVLMConfig:
     n_embd: int = option(768, "width of every token vector, in numbers")
     dropout: float = option(0.1, "share of activations zeroed in training, 0 to below 1")
     tie_weights: bool = option(True, "share one matrix between token embedding and output head")
-    gate: str = option("soft-feature", "how text and image mix: sigmoid or Gumbel, one gate per feature or per token", GATES)
-    modulation: str = option("none", "feature modulation: FiLM x*(1+a)+b, or DyIntra x*(1+sigmoid(c))", MODULATIONS)
+    gate: str = option("soft-feature", "how text and image mix: sigmoid or Gumbel, one gate per feature or per token; none adds the image to the text", GATES)
+    modulation: str = option("none", "feature modulation: FiLM x*(1+gamma)+beta, or DyIntra x*(1+sigmoid(Wc))", MODULATIONS)
     modulate_at: str = option("cross", "what is modulated: cross-attention output, text, or image tokens", PLACES)
     channel_attention: bool = option(False, "squeeze-and-excitation over the features of the encoded image")
     image_encoder: str = option("transformer", "what turns image features into image tokens", IMAGE_ENCODERS)
@@ -229,13 +248,9 @@ class Block(nn.Module):
                 self.condition = nn.Linear(D, 2 * D if config.modulation == "film" else D)
 
     def forward(self, h, image=None, temperature=None, cache=None, mask=None, embedded=None, keep=None):
-        """h (B,T,D), image tokens (B,K,D) or None -> h (B,T,D), gate (B,T): 1 all language, 0 all vision."""
-        if embedded is None:
-            h = h + self.drop(self.attn(self.ln1(h), causal=True, cache=None if cache is None else cache["self"], mask=mask))
-        else:  # elision with visible tokens: h (B,k,D) also sees what was dropped, as it was embedded (B,T,D)
-            every = embedded.scatter(1, keep[..., None].expand_as(h), h)  # (B, T, D)
-            earlier = torch.arange(every.size(1), device=h.device) <= keep[..., None]  # (B, k, T)
-            h = h + self.drop(self.attn(self.ln1(h), memory=self.ln1(every), mask=earlier))
+        """h (B,T,D), image tokens (B,K,D) or None -> h (B,T,D), gate (B,T): 1 all language, 0 all vision. With embedded, the whole text
+        as it was embedded, h holds the positions keep (B,k) only and also attends to the others."""
+        h = h + self.drop(self.attend(h, cache, mask, embedded, keep))
         gate = h.new_ones(h.shape[:2])  # 1 where there is no gate: no image, a layer that does not look, or gate none (which adds v all the same)
         if image is not None and self.sees_image:
             t = self.ln2(h)
@@ -250,6 +265,14 @@ class Block(nn.Module):
                 gate = g.mean(dim=-1)
         h = h + self.drop(self.mlp(self.ln3(h)))
         return h, gate
+
+    def attend(self, h, cache, mask, embedded, keep):
+        """Self-attention of text h (B,T,D), or of its kept positions (B,k,D) among embedded (B,T,D)."""
+        if embedded is None:
+            return self.attn(self.ln1(h), causal=True, cache=None if cache is None else cache["self"], mask=mask)
+        every = embedded.scatter(1, keep[..., None].expand_as(h), h)  # (B, T, D): dropped tokens as they were embedded
+        earlier = torch.arange(every.size(1), device=h.device) <= keep[..., None]  # (B, k, T)
+        return self.attn(self.ln1(h), memory=self.ln1(every), mask=earlier)
 
     def look(self, t, image, cache, mask):
         """Cross-attention of text t (B,T,D) to image tokens (B,K,D). With K=1 the softmax is 1 and the query has no say."""
@@ -304,8 +327,10 @@ def lcg_loss(tokens, owner, image, scale):
     sim = scale * F.normalize(tokens, dim=-1) @ F.normalize(image, dim=-1).T  # (N, B)
     own = owner[:, None] == torch.arange(len(image), device=sim.device)  # (N, B)
     positive = sim[own]  # (N,)
+    # of token t of caption i: -log( e^sim[t,i] / sum over images j of e^sim[t,j] )
     among_images = F.cross_entropy(sim, owner)
-    others = sim.masked_fill(own, -1e9).logsumexp(dim=0)[owner]  # (N,) the tokens of all other captions, at my image
+    # -log( e^sim[t,i] / (e^sim[t,i] + sum over tokens u of other captions of e^sim[u,i]) )
+    others = sim.masked_fill(own, -1e9).logsumexp(dim=0)[owner]  # (N,)
     among_tokens = (torch.logaddexp(positive, others) - positive).mean()
     return (among_images + among_tokens) / 2
 
@@ -323,9 +348,7 @@ def keep_sampled(score, real, k):
     weight is 1 / the probability of having been drawn, so that the weighted sum of losses over keep is unbiased."""
     priority = (score / torch.rand_like(score).clamp(min=1e-9)).masked_fill(~real, 0.0)
     keep = keep_best(priority, real, k)
-    threshold = priority.topk(min(k + 1, score.size(1)), dim=1).values[:, -1:]  # the best priority that was not kept
-    if k == score.size(1):
-        threshold = torch.zeros_like(threshold)
+    threshold = F.pad(priority, (0, 1)).topk(k + 1, dim=1).values[:, -1:]  # the best priority that was not kept, 0 when all are
     return keep, (threshold / score.gather(1, keep)).clamp(min=1.0)
 
 
@@ -383,7 +406,7 @@ class GateVLM(nn.Module):
         self.target_losses, self.target_at = torch.zeros(0), torch.zeros(0)  # and the loss of each real target, (N,), with its flat position
         self.apply(self._init_weights)
 
-    def _init_weights(self, module):
+    def _init_weights(self, module):  # self.apply calls it for the children first: what a parent sets here below is final
         if isinstance(module, (nn.Linear, nn.Embedding)):
             nn.init.normal_(module.weight, std=(3 * module.weight.size(1)) ** -0.5)  # GPT-2's 0.02 at width 768, more where narrow
         if isinstance(module, nn.Linear) and module.bias is not None:
@@ -429,7 +452,8 @@ class GateVLM(nn.Module):
         for i, block in enumerate(self.blocks):
             h, gate = block(h, image, self.gate_temperature, None if cache is None else cache[i], mask, embedded, keep)
             gates.append(gate)
-            first = h if i == 0 else first
+            if i == 0:
+                first = h
         return self.ln(h), torch.stack(gates), None if image is None else image.mean(dim=1), first
 
     def logits(self, h):
@@ -454,12 +478,13 @@ class GateVLM(nn.Module):
             logits, (loss, losses) = None, HeadLoss.apply(h.flatten(0, 1)[at], self.head.weight[:self.config.vocab_size], targets.flatten()[at], scale)
             self.loss_parts, self.target_losses, self.target_at = {"language": loss.detach()}, losses, at
             if self.training and image is not None and self.config.contrastive != "none":
-                extra = self.contrastive(idx, first, real, pooled)
+                extra = self.contrastive_loss(idx, first, real, pooled)
                 self.loss_parts["contrastive"] = extra.detach()
                 loss = loss + self.config.contrastive_weight * extra
         return (logits, loss, gates) if return_gates else (logits, loss)
 
-    def contrastive(self, idx, first, real, pooled):
+    def contrastive_loss(self, idx, first, real, pooled):
+        """CLIP: the mean token embedding of idx (B,T) where real, against the pooled image (B,D); LCG: block 0's output first (B,T,D)."""
         scale = self.log_scale.clamp(max=math.log(100)).exp().float()
         with torch.autocast(idx.device.type, enabled=False):  # at scale 100, bfloat16 similarities would be off by 0.3
             if self.config.contrastive == "clip":
@@ -485,12 +510,10 @@ class GateVLM(nn.Module):
         return sum(p.numel() for p in self.parameters())  # a tied matrix counts once
 
     def optimizers(self, lr, weight_decay, betas=(0.9, 0.999), muon=False):
-        """[AdamW], or [AdamW, Muon]: Muon takes the hidden matrices, AdamW the rest. Matrices decay; biases, norms and the
+        """[AdamW], or [AdamW, Muon]: Muon takes the hidden matrices, AdamW the rest, gates among it. Matrices decay; biases, norms and the
         contrastive temperature do not."""
-        hidden = set()
-        if muon:  # gates stay with AdamW: one row per gate, not a map from vectors to vectors
-            parts = [m for part in (self.blocks, self.image_encoder) if part is not None for m in part.named_modules()]
-            hidden = {module.weight for name, module in parts if isinstance(module, nn.Linear) and not name.endswith("gate")}
+        linears = [(name, module) for name, module in self.named_modules() if isinstance(module, nn.Linear)]
+        hidden = {module.weight for name, module in linears if not name.endswith(("gate", "head"))} if muon else set()
         rest = [p for p in self.parameters() if p not in hidden]
         groups = [{"params": [p for p in rest if p.dim() >= 2], "weight_decay": weight_decay},
                   {"params": [p for p in rest if p.dim() < 2], "weight_decay": 0.0}]
@@ -500,14 +523,12 @@ class GateVLM(nn.Module):
             optimizers.append(torch.optim.Muon(matrices, lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"))
         return optimizers
 
-    @torch.no_grad()
     def generate(self, idx, max_new_tokens, image=None, temperature=1.0, top_k=None, eot=None, use_cache=True):
         """Continue idx (B,T), or caption image (B,K,image_dim) when idx is <eot>: (B, T + new). temperature 0 takes the best
         token. Ends at max_new_tokens, at a full block, or when every row has produced eot (rows that end early repeat it)."""
-        was_training, done = self.training, torch.zeros(len(idx), dtype=torch.bool, device=idx.device)
+        done = torch.zeros(len(idx), dtype=torch.bool, device=idx.device)
         cache = [{"self": {}, "image": {}} for _ in self.blocks] if use_cache else None
-        self.eval()
-        try:
+        with evaluating(self):
             for step in range(min(max_new_tokens, self.config.block_size - idx.size(1))):
                 h, _, _, _ = self.trunk(idx[:, -1:] if use_cache and step else idx, image, cache)
                 logits = self.logits(h[:, -1]).float()  # (B, V)
@@ -524,8 +545,6 @@ class GateVLM(nn.Module):
                 idx = torch.cat([idx, token[:, None]], dim=1)
                 if done.all():
                     break
-        finally:
-            self.train(was_training)
         return idx
 
 
@@ -571,14 +590,14 @@ def save_checkpoint(path, checkpoint, previous=None):
     os.replace(part, path)
 
 
-def load_checkpoint(path, device="cpu"):
-    """Read what save_checkpoint wrote. weights_only: a file from a stranger can hold numbers, never code."""
+def load_checkpoint(path):
+    """Read what save_checkpoint wrote, onto the CPU. weights_only: a file from a stranger can hold numbers, never code."""
     if not os.path.isfile(path):
         raise InputError(f"{path}: no such checkpoint; train one with train.py")
     try:
         with zipfile.ZipFile(path) as parts:  # torch does not look at the checksums of its own format
             damaged = parts.testzip()
-        checkpoint = None if damaged else torch.load(path, map_location=device, weights_only=True)
+        checkpoint = None if damaged else torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises a different class for every way a file can be damaged
         raise InputError(f"{path}: not a readable checkpoint ({type(error).__name__})") from error
     if damaged:
@@ -591,7 +610,7 @@ def load_checkpoint(path, device="cpu"):
 def load_model(run, checkpoint="best.pt", device="cpu"):
     """The model of a run folder, in eval mode: load_model("out/toy")."""
     path = os.path.join(run, checkpoint)
-    state = load_checkpoint(path)  # on the CPU: it may hold more than the model
+    state = load_checkpoint(path)
     try:
         model = GateVLM(GateVLMConfig(**state["model_config"])).to(device)
         model.load_state_dict(state["model"])

@@ -31,7 +31,7 @@ import tiktoken
 from PIL import Image, ImageDraw, ImageOps
 from tqdm import tqdm
 
-from gatevlm import InputError, run_script
+from gatevlm import InputError, Parser, run_script
 
 try:
     import fcntl
@@ -83,8 +83,9 @@ def captions(scene):
 
 
 def entropies(all_scenes, length):
-    """Exact floors of the world: the entropy of a caption with and without its scene, in nats per caption, and the expected length of
-    one; length(sentences) -> [tokens of each]. Sums over every scene and every sentence; nothing is sampled."""
+    """Exact floors of the world: the entropy of a caption with its scene, H(c|s) = -mean over scenes s of sum_c p(c|s) log p(c|s), and
+    without, H(c) = -sum_c p(c) log p(c), in nats per caption, and the expected length of one; length(sentences) -> [tokens of each]. Sums
+    over every scene and every sentence; nothing is sampled."""
     with_scene, tokens, total = 0.0, 0.0, defaultdict(float)
     for scene in all_scenes:
         for sentence, p in captions(scene).items():
@@ -468,6 +469,16 @@ def chunks(n, size=4096):
     return (slice(i, min(i + size, n)) for i in range(0, n, size))
 
 
+def length_batches(length, batch_tokens, multiple=1):
+    """Indices of length (n,), longest first, in batches of at most batch_tokens tokens when each is padded to a multiple of the
+    longest of them: texts of about one length stand together, so that little is padding."""
+    order, i = np.argsort(-np.asarray(length), kind="stable"), 0
+    while i < len(order):
+        T = math.ceil(length[order[i]] / multiple) * multiple
+        yield order[i:i + max(1, batch_tokens // T)]
+        i += max(1, batch_tokens // T)
+
+
 def read_caption_sets(found):
     """([caption], rows (n,), fetch) of caption files and their states. Row i of a file's concatenated states belongs to caption i;
     of equal neighbours only the first is used. Everything is read and checked here, before anything is written."""
@@ -581,12 +592,17 @@ def write_images(path, jobs, n_image_token, image_dim):
                 progress.update(len(rows[part]))
 
 
+def check_free(out, overwrite):
+    """InputError when a folder is there that may not be replaced."""
+    if os.path.exists(out) and not (overwrite and os.path.isfile(os.path.join(out, "meta.json"))):
+        raise InputError(f"{out}: exists already; --overwrite replaces a data folder, --out writes elsewhere")
+
+
 def write_folder(out, text, captions, tokenizer, meta, max_caption, overwrite, extra=None):
     """Write a data folder under a temporary name and rename it when it is whole. text {split: function -> documents};
     captions {split: ([caption], rows (n,), fetch)} where fetch(rows) -> features (n, K, image_dim); extra(folder, encoding)
     adds files and returns more meta."""
-    if os.path.exists(out) and not (overwrite and os.path.isfile(os.path.join(out, "meta.json"))):
-        raise InputError(f"{out}: exists already; --overwrite replaces a data folder, --out writes elsewhere")
+    check_free(out, overwrite)
     part = f"{out.rstrip('/')}.part"
     with locked(part):
         try:
@@ -810,6 +826,8 @@ def prepare_babylm(args):
         expected = " and ".join(f"{name}_captions.json" for name in sorted(missing)) or "text_only/train*/*.train or image_caption/*_captions.json"
         raise InputError(f"{args.folder}: expected {expected}; the BabyLM files are at osf.io/ad7qg")
     said, rows, fetch = read_caption_sets(found)
+    if found_dev and not found:
+        raise InputError(f"{found_dev[0][0]}: captions to hold out, but image_caption/ has none to train on")
     if found_dev:
         val = read_caption_sets(found_dev)
     elif said:
@@ -827,7 +845,7 @@ def prepare_babylm(args):
     if dev_files:
         text = {"train": every, "val": text_of(dev_files, args.words // 10)}
     else:
-        text = {"train": lambda: (d for i, d in enumerate(every()) if i % 100 != 99), "val": lambda: itertools.islice(every(), 99, None, 100)}
+        text = {"train": lambda: (d for i, d in enumerate(every()) if i % 100), "val": lambda: itertools.islice(every(), 0, None, 100)}
     shape = fetch(np.zeros(1, np.int64)).shape[1:] if fetch else (0, 1)
     held_shape = val[2](np.zeros(1, np.int64)).shape[1:] if val[2] else shape
     if held_shape != shape:
@@ -841,15 +859,13 @@ def prepare_babylm(args):
 def prepare_photos(args):
     captions_file = args.captions_file or os.path.join(args.folder, "captions.txt")
     pairs = read_photo_captions(captions_file)
-    names = sorted({name for name, _ in pairs})
-    paths = [os.path.join(args.folder, name) for name in names]
+    names, rows = np.unique([name for name, _ in pairs], return_inverse=True)
+    paths = [os.path.join(args.folder, name) for name in names.tolist()]
     for path in paths:
         if not os.path.isfile(path):
             raise InputError(f"{captions_file}: names {os.path.basename(path)}, and {path} is not there")
     encode = make_encoder(args.encoder, args.n_image_token)
     fetch = lambda rows: encode([open_picture(paths[i]) for i in rows])
-    index = {name: i for i, name in enumerate(names)}
-    rows = np.array([index[name] for name, _ in pairs])
     train, val = hold_out([caption for _, caption in pairs], rows, 0.1, args.seed)
     if not train[0]:
         raise InputError(f"{captions_file}: captions of one picture only; expected at least two, as one is held out for validation")
@@ -861,7 +877,7 @@ def prepare_photos(args):
 
 
 def make_parser():
-    p = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], usage="python prepare_data.py [toy | babylm DIR | photos DIR] [--flag value] ...",
+    p = Parser(description=__doc__.split("\n\n")[0], usage="python prepare_data.py [toy | babylm DIR | photos DIR] [--flag value] ...",
                                 allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     p.add_argument("source", nargs="?", default="toy", choices=("toy", "babylm", "photos"), help="what to prepare")
     p.add_argument("folder", nargs="?", default="", help="babylm: the folder with text_only/ and image_caption/; photos: the folder of pictures")
@@ -877,15 +893,12 @@ def make_parser():
     t.add_argument("--n_image", type=int, default=40000, help="training pictures, one caption each; a tenth as many more for validation")
     t.add_argument("--n_text", type=int, default=5000, help="text-only training documents; a tenth as many more for validation")
     t = p.add_argument_group("BabyLM files and photos")
-    t.add_argument("--words", type=int, default=0, help="babylm: take a random sample of about this many words of text, a tenth as many for validation; 0 = all")
+    t.add_argument("--words", type=int, default=0, help="babylm: take a random sample of about this many words of text, a tenth as many of dev/ (without it every 100th document is held out); 0 = all")
     t.add_argument("--captions", type=int, default=0, help="take a random sample of this many training captions; 0 = all")
     t.add_argument("--caption_sets", default="", help="babylm: names of the caption files to take, by comma, such as local_narr; empty = all")
     t.add_argument("--lines_per_document", type=int, default=8, help="babylm: lines joined into one document (a blank line ends one too)")
     t.add_argument("--captions_file", default="", help="photos: picture<TAB>caption lines, Flickr8k lines or COCO JSON; empty = captions.txt in the folder")
     t.add_argument("--encoder", default="pixels", choices=("pixels", "dinov2_vits14", "dinov2_vitb14"), help="photos: what turns a picture into features")
-    def error(message):
-        raise InputError(message)
-    p.error = error
     return p
 
 
@@ -898,6 +911,7 @@ def main(argv=None):
     if args.source != "toy" and not os.path.isdir(args.folder):
         raise InputError(f"{args.source} needs the folder to read: {args.folder or 'none given'} is not a folder")
     out = args.out or os.path.join("data", "toy16" if args.source == "toy" and args.n_image_token == 16 else args.source)
+    check_free(out, args.overwrite)  # before gigabytes are read
     text, captions_of, texts, meta, extra = {"toy": prepare_toy, "babylm": prepare_babylm, "photos": prepare_photos}[args.source](args)
     meta = write_folder(out, text, captions_of, (args.tokenizer, texts, args.vocab_size), meta, args.max_caption, args.overwrite, extra)
     c = meta["count"]

@@ -1,8 +1,8 @@
 """Train a gated vision-language model: python train.py [--preset toy|patches|laptop|small|paper] [--flag value] (see --help).
 
 In reading order: the configuration and its presets, flags, the order in which data is seen, token elision, the loop, the summary.
-A run folder holds config.json, log.jsonl, last.pt, best.pt, loss.png, gates.png, summary.json and a copy of the tokenizer; with
-token elision also kept.png.
+A run folder holds config.json, log.jsonl, last.pt, previous.pt, best.pt, loss.png, gates.png, summary.json and a copy of the tokenizer
+and of the data's meta.json; with token elision also kept.png, with --keep_checkpoints checkpoints/.
 """
 import argparse
 import difflib
@@ -14,7 +14,7 @@ import shutil
 import signal
 import sys
 import time
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, fields
 from datetime import timedelta
 
@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 import eval as evaluation
 import prepare_data
-from gatevlm import GateVLM, GateVLMConfig, InputError, check_fields, compiled, keep_best, keep_sampled, load_checkpoint, load_model, option, pick_device, run_script, save_checkpoint
+from gatevlm import GateVLM, GateVLMConfig, InputError, Parser, check_fields, compiled, keep_best, keep_sampled, load_checkpoint, load_model, option, pick_device, run_script, save_checkpoint
 
 # ----------------------------------------------------------------------------------------------------------------------
 # configuration
@@ -87,6 +87,8 @@ class TrainConfig:
                                      "eval_tokens", "log_interval", "save_interval", "elide_cycle"))
         if self.beta2 >= 1:
             raise InputError(f"beta2 must be below 1, not {self.beta2}")
+        if self.seed >= 2 ** 32:  # step and rank are mixed into it, and torch takes 64 bits
+            raise InputError(f"seed must be below {2 ** 32}, not {self.seed}")
         if not 0 < self.keep_ratio <= 1 or self.elide_beta >= 1 or self.elide_tail > 1 or self.elide_dense > self.elide_cycle:
             raise InputError("expected 0 < keep_ratio <= 1, elide_beta below 1, elide_tail at most 1 and elide_dense at most elide_cycle, not "
                              f"{self.keep_ratio}, {self.elide_beta}, {self.elide_tail} and {self.elide_dense} of {self.elide_cycle}")
@@ -120,7 +122,7 @@ FREE = ("stop_after", "device", "compile", "log_interval", "eval_interval", "sav
 # flags: every field of both configs is one
 
 def make_parser():
-    parser = argparse.ArgumentParser(description="Train a gated vision-language model. Without flags: the toy world, in minutes, on any machine.",
+    parser = Parser(description="Train a gated vision-language model. Without flags: the toy world, in minutes, on any machine.",
                                      usage="python train.py [--preset NAME] [--flag value] ...", allow_abbrev=False, argument_default=argparse.SUPPRESS)
     parser.add_argument("--preset", default="toy", choices=PRESETS, help="set of values, shown at each flag below, which the other flags change (default: toy)")
     parser.add_argument("--resume", action="store_true", default=False, help="go on with the run in --out from its last.pt, to the bit; where nothing is saved yet, start it")
@@ -135,10 +137,6 @@ def make_parser():
             values = {name: preset[f.name] for name, preset in PRESETS.items() if f.name in preset}
             default = "; ".join([f"default: {'empty' if f.default == '' else f.default}"] + [f"{name}: {value}" for name, value in values.items()])
             group.add_argument(f"--{f.name}", help=f"{f.metadata['help']} ({default})", **kind)
-
-    def error(message):
-        raise InputError(message)
-    parser.error = error
     return parser
 
 
@@ -184,13 +182,7 @@ def epoch_plan(kind, epoch, config, block_size, data):
         if not len(length):
             raise InputError(f"{data.folder}: there are no captions; use --curriculum text-only")
         order = rng.permutation(len(length))
-        order = order[np.argsort(-length[order], kind="stable")]  # longest first; a batch holds captions of about one length
-        i = 0
-        while i < len(order):
-            T = math.ceil(length[order[i]] / config.length_multiple) * config.length_multiple  # padded length of the batch's first, longest caption
-            rows = max(1, config.batch_tokens // T)
-            captions.append(("C", order[i:i + rows]))
-            i += rows
+        captions = [("C", order[pick]) for pick in prepare_data.length_batches(length[order], config.batch_tokens, config.length_multiple)]
         captions = [captions[i] for i in rng.permutation(len(captions))]
     if kind != "M":
         return text + captions
@@ -264,8 +256,9 @@ def reference_losses(run, data, kind, device):
     losses = np.lib.format.open_memmap(part, "r+")
     if kind == "T":
         losses[0] = 0  # nothing stands before it
-    first = data.offset["train"][:-1:CHUNK] if kind == "C" else np.arange(1, len(stream), CHUNK * T)
-    for i, (start, stop) in enumerate(zip(tqdm(first, desc=f"reference losses of {source}", disable=None, leave=False), [*first[1:], len(stream)])):
+    bounds = [*(data.offset["train"][:-1:CHUNK] if kind == "C" else np.arange(1, len(stream), CHUNK * T)), len(stream)]
+    for i in tqdm(range(len(bounds) - 1), desc=f"reference losses of {source}", disable=None, leave=False):
+        start, stop = bounds[i], bounds[i + 1]
         if not np.isnan(losses[stop - 1]):
             continue  # done before the last interruption
         chunk = np.zeros(stop - start, np.float16)  # what does not fit the teacher's block has no reference
@@ -320,9 +313,9 @@ class Elision:
             return reference
         n = self.count[kind][place]
         m = self.difficulty[kind][place] / (1 - beta ** n).clamp(min=1e-9)  # an average that starts at 0, corrected as in Adam
-        # a token that was never run: the teacher's loss or, without one, 1000 (it comes first) + a hash of its place (40503 = 2^16 / golden ratio)
-        m = torch.where(n > 0, m, reference if self.reference else 1000 + (place * 40503 % 65536) / 65536)
-        return (m + self.config.elide_lambda * reference).float()
+        # of a token that was never run, the teacher's loss stands in; without a teacher it comes first, in an order as good as random: a hash of its place
+        unseen = reference if self.reference else 1000 + (place * 40503 % 65536) / 65536  # 40503 = 2^16 / golden ratio
+        return (torch.where(n > 0, m, unseen) + self.config.elide_lambda * reference).float()
 
     def choose(self, kind, place, real, k):
         """Positions to keep (B,k), ascending, and the weight of each one's loss, or None where all count the same. The score of
@@ -434,11 +427,10 @@ def train(config, model_config, data, state=None):
     precision = torch.autocast("cuda", torch.bfloat16) if config.autocast and on_cuda and torch.cuda.is_bf16_supported() else nullcontext()
     torch.set_float32_matmul_precision("high")
 
-    plans = {kind: epoch_plan(kind, 0, config, model_config.block_size, data) for kind in set(kinds)}  # every epoch has as many batches
-    order = [batch[0] for kind in kinds for batch in plans[kind]]
+    plans = {kind: epoch_plan(kind, 0, config, model_config.block_size, data) for kind in set(kinds)}  # epoch 0 stands for all: number and kinds of batches depend on lengths only
+    order = [(epoch, cursor, batch[0]) for epoch, kind in enumerate(kinds) for cursor, batch in enumerate(plans[kind])]
     n_step = min(len(order), config.max_steps or len(order))
-    n_caption_step = max(1, order[:n_step].count("C"))
-    n_kind_step = {kind: order[:n_step].count(kind) for kind in "CT"}
+    n_kind_step = {kind: sum(kind == k for _, _, k in order[:n_step]) for kind in "CT"}
     plan = epoch_plan(kinds[now["epoch"]], now["epoch"], config, model_config.block_size, data)
 
     path = lambda name: os.path.join(config.out, name)
@@ -468,6 +460,16 @@ def train(config, model_config, data, state=None):
                                          **({"elision": elision.state()} if elision and name == "last.pt" else {})},
                             path("previous.pt") if name == "last.pt" else None)
 
+    @contextmanager
+    def off_the_clock():
+        """Evaluating and saving count neither as training time nor against tokens per second."""
+        nonlocal started, since_log
+        paused = time.perf_counter()
+        now["seconds"] += paused - started
+        yield
+        started = time.perf_counter()
+        since_log += started - paused
+
     def evaluate():
         """Validation losses into the log; best.pt is kept by the caption loss, or the text loss where no captions are trained."""
         if main_process:
@@ -477,15 +479,12 @@ def train(config, model_config, data, state=None):
             tqdm.write(f"step {now['step']:,} of {n_step:,}, {now['seconds'] / 60:.1f} min, validation loss: {told}", file=sys.stdout)
             loss = losses["val_loss_caption" if set(kinds) & set("CM") else "val_loss_text"]
             if loss is None or loss < now["best"]:
-                now["best"], now["best_step"] = loss or now["best"], now["step"]
+                now["best"], now["best_step"] = now["best"] if loss is None else loss, now["step"]
                 save("best.pt")
 
     def check_finite():
         if bad.item():
-            epoch, cursor = 0, int(bad.item()) - 1
-            while cursor >= len(plans[kinds[epoch]]):
-                cursor -= len(plans[kinds[epoch]])
-                epoch += 1
+            epoch, cursor, _ = order[int(bad.item()) - 1]
             kind, rows = epoch_plan(kinds[epoch], epoch, config, model_config.block_size, data)[cursor]
             shown = ", ".join(map(str, rows[:4])) + (", ..." if len(rows) > 4 else "")
             what = f"captions {shown}" if kind == "C" else f"text from tokens {shown}"
@@ -505,7 +504,7 @@ def train(config, model_config, data, state=None):
             # noise is a function of (seed, step, rank): resuming needs no generator state, and evaluating cannot disturb training
             torch.manual_seed((config.seed * 1_000_003 + now["step"]) * world + rank)
             if kind == "C":
-                raw.anneal(now["caption_step"] / n_caption_step)
+                raw.anneal(now["caption_step"] / n_kind_step["C"])
             lr = learning_rate(now["step"], config, n_step)
             for group in (group for optimizer in optimizers for group in optimizer.param_groups):
                 group["lr"] = lr
@@ -516,9 +515,10 @@ def train(config, model_config, data, state=None):
             sparse = elides and not is_dense(nth, n_kind_step[kind], config)
             k = max(1, round(config.keep_ratio * n_real / len(rows))) if sparse else None  # p of the mean length: the rows of a batch are about as long
             n_kept = n_target(batch, model_config, data, k)
+            # loss of the batch = sum over parts of share * mean loss of the part, share being the part's fraction of the tokens that are run
             for micro in range(config.grad_accum):
                 part = kind, rows[micro * world + rank::config.grad_accum * world]
-                share = n_target(part, model_config, data, k) / n_kept * world  # DDP averages over ranks; every token counts the same
+                share = n_target(part, model_config, data, k) / n_kept * world  # world, because DDP averages over ranks
                 if not len(part[1]):
                     part = kind, rows[:1]  # every rank has to take part in the reduction, if only with weight 0
                 n_part = n_target(part, model_config, data, k)
@@ -579,16 +579,14 @@ def train(config, model_config, data, state=None):
                 progress.set_postfix_str(f"{kind} loss {line['loss']:.3f}")
                 since_log, tokens_since = time.perf_counter(), 0
             if now["step"] % config.eval_interval == 0 or done:
-                paused = time.perf_counter()
-                now["seconds"] += paused - started
-                evaluate()
-                started = time.perf_counter()
-                since_log += started - paused
+                with off_the_clock():
+                    evaluate()
             ends_epoch = now["cursor"] == len(plan)
             if config.keep_checkpoints and main_process and (now["step"] % config.eval_interval == 0 or done or ends_epoch):
                 check_finite()
-                save_checkpoint(path(os.path.join("checkpoints", f"step_{now['step']:08}.pt")), {
-                    "model": raw.state_dict(), "model_config": asdict(model_config), "now": now | {"kind": kinds[now["epoch"]], "ends_epoch": ends_epoch}})
+                with off_the_clock():
+                    save_checkpoint(path(os.path.join("checkpoints", f"step_{now['step']:08}.pt")), {
+                        "model": raw.state_dict(), "model_config": asdict(model_config), "now": now | {"kind": kinds[now["epoch"]], "ends_epoch": ends_epoch}})
             stopping = bool(signals) or now["step"] == config.stop_after
             if world > 1:  # a signal may reach one process a step before another
                 flag = torch.tensor(float(stopping), device=device)
@@ -596,9 +594,8 @@ def train(config, model_config, data, state=None):
                 stopping = flag.item() > 0
             if now["step"] % config.save_interval == 0 or done or stopping:
                 check_finite()
-                now["seconds"] += time.perf_counter() - started
-                save("last.pt")
-                started = time.perf_counter()
+                with off_the_clock():
+                    save("last.pt")
             if stopping:
                 break
     finally:

@@ -608,7 +608,7 @@ def test_without_a_dev_folder_images_and_documents_are_held_out(tmp_path):
     assert not set(photo["val"]) & set(photo["train"]) and sorted(photo["train"] + photo["val"]) == [i // 5 for i in range(1000)]
     assert all(image[0, 0] == int(s.split(",")[0].split()[1]) for split in photo for s, image in features_of(data, split))
     train, val = documents(data, "train"), documents(data, "val")
-    assert len(val) == 1 and len(train) == 121  # every hundredth of 122 lines
+    assert len(val) == 2 and len(train) == 120  # the first of every hundred of 122 lines
     assert sorted(train + val) == sorted(TEXT.splitlines() + ["A word .", "Another word ."])
 
 
@@ -920,7 +920,7 @@ WRONG = {  # name: (files, flags after the folder, what the line must say)
                                 ["d_states.npy", "7", "6"]),
     "dev set of another width": (babylm() | dev_set(rows(1, dim=7)), [], ["d_states.npy", "7", "6"]),
     "dev set that numpy would stretch": (babylm() | dev_set(rows(1, dim=1)), [], ["d_states.npy", "1", "6"]),
-    "dev captions alone": ({"text_only/train/a.train": "x\n"} | dev_set(rows(1)), [], ["image_caption"]),
+    "dev captions alone": ({"text_only/train/a.train": "x\n"} | dev_set(rows(1)), [], ["d_captions.json", "none to train on"]),
     "NaN": (babylm(part2=with_value(5, np.nan)), [], [PART2, "row 5", "NaN"]),
     "inf": (babylm(part2=with_value(1, np.inf)), [], [PART2, "row 1", "inf"]),
     "minus inf": (babylm(part2=with_value(4, -np.inf)), [], [PART2, "row 4", "inf"]),
@@ -991,6 +991,9 @@ def test_an_existing_folder_is_kept_without_overwrite(tmp_path):
     shutil.copytree(old, tmp_path / "copy")
     with pytest.raises(InputError, match=r"out: exists.*--overwrite"):
         prepare(tmp_path, *argv, "--seed", 2)
+    os.remove(tmp_path / "in" / "captions.txt")
+    with pytest.raises(InputError, match=r"out: exists"):  # before the input, which may be large, is read
+        prepare(tmp_path, *argv)
     assert same_bytes(old, tmp_path / "copy") and sorted(os.listdir(tmp_path)) == ["copy", "in", "out"]
 
 

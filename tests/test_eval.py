@@ -879,8 +879,10 @@ def test_a_teacher_tells_what_the_words_alone_cannot(few, tmp_path, capsys):
     with pytest.raises(InputError, match="has image tokens"):
         evaluation.main([run, "--tasks", "blimp", "--teacher", run])
     short = save_run(tmp_path / "short", few, random_model(few, 2, n_image_token=0, block_size=8))
-    with pytest.raises(InputError, match="the teacher reads 8 tokens"):
+    os.remove(os.path.join(run, "results.json"))
+    with pytest.raises(InputError, match="short reads 8 tokens, the model 64"):
         evaluation.main([run, "--tasks", "blimp", "--teacher", short])
+    assert not os.path.exists(os.path.join(run, "results.json"))  # refused before anything is scored
 
 
 def test_several_runs_name_what_each_of_them_lacks(few, tmp_path, capsys):
@@ -1261,6 +1263,15 @@ def test_oscillation_by_hand():
     # C: 50 -> 48 and 53 -> 54; T: 48 -> 53, the first epoch has no start; M: 54 -> 50. What is None is left out.
     assert evaluation.oscillation(rows) == {"blimp": {"C": (-0.5, 1.5), "M": (-4.0, 4.0), "T": (5.0, 5.0)}}
     assert evaluation.oscillation(rows[:3]) == {} == evaluation.oscillation(rows[:1])
+
+
+def test_what_is_shown_of_one_run_is_refused_for_several(run, tmp_path):
+    other = shutil.copytree(run, tmp_path / "other")
+    for flag in (["--checkpoints"], ["--paradigms"], ["--caption", "1"], ["--image", "x.png"]):
+        with pytest.raises(InputError, match="take one run"):
+            evaluation.main([run, str(other), *flag])
+    evaluation.main([run, str(other), "--tasks", "blimp"])
+    assert all(os.path.exists(os.path.join(name, "paradigms.png")) for name in (run, other))
 
 
 def test_no_checkpoints_is_an_input_error(run):

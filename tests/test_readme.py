@@ -24,7 +24,7 @@ def unrolled(lines):
     return subprocess.run(["bash", "-c", script], check=True, capture_output=True, text=True).stdout.splitlines()
 
 
-LOOPS = {block: unrolled(block) for block in BLOCKS if "\nfor " in block or block.startswith("for ")}
+LOOPS = {block: unrolled(block.replace('seeds="1 2 3"', "seeds=1")) for block in BLOCKS if "\nfor " in block or block.startswith("for ")}
 INLINE = [line for loop in re.findall(r"`(for [^`]*; done)`", README) for line in unrolled(loop)]
 COMMANDS = sorted({*(command for command in re.findall(COMMAND, README) if "$" not in command), *INLINE, *(line for lines in LOOPS.values() for line in lines)})
 
@@ -81,7 +81,7 @@ def test_loops_run_small_and_their_tables_come_out(block, worlds, tmp_path, monk
             if preset in worlds:  # other presets need data that are not here
                 assert flags.get("data", "data/toy").startswith("data/toy")
                 train.main([*argv, "--data", worlds[preset], *SMALL.split()])
-        elif script == "eval.py":
+        elif script == "eval.py" and "--babylm_eval" not in argv:
             capsys.readouterr()
             evaluation.main([name for word in argv for name in (sorted(glob.glob(word)) if set(word) & set("*?[") else [word])] + ["--tasks", "supplement"])
             assert "supplement" in capsys.readouterr().out

@@ -221,6 +221,7 @@ def test_unknown_flag_names_the_nearest_and_exits_with_2():
     ("--weight_decay -1", ("weight_decay", "-1")),
     ("--batch_tokens 0", ("batch_tokens",)),
     ("--beta2 1", ("beta2", "below 1")),
+    ("--seed 4294967296", ("seed", "below 4294967296")),
     ("--dropout 1", ("dropout", "below 1")),
     ("--gate half", ("gate", "half", "soft-feature")),
     ("--preset huge", ("preset", "huge", "toy")),
@@ -441,6 +442,8 @@ def test_summary_counts_floors_and_word_classes(finished, toy):
     assert (summary["floor_text_only"], summary["floor_with_image"]) == (high, low)
     assert summary["visual_information_captured"] == pytest.approx((high - summary["val_loss_caption"]) / (high - low))
     model = load_model(finished.out)
+    short = GateVLM(GateVLMConfig(**{**asdict(model.config), "block_size": 8}))  # the floors are those of whole captions, which it cannot read
+    assert not {"visual_information_captured", "floor_text_only"} & set(evaluation.report(short, prepare_data.Data(toy)))
     for kind, (gate, loss) in words_by_hand(model, toy, [0, 1]).items():
         assert summary[f"gate_{kind}_words"] == pytest.approx(gate, rel=1e-5)
         assert summary[f"val_loss_{kind}_words"] == pytest.approx(loss, rel=1e-5)
