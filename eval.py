@@ -231,7 +231,8 @@ def score(model, pieces, states=None, batch_tokens=None, width=128):
             mask[:, k] |= mask[torch.arange(B), parent[:, k]]
         image = None if states is None else torch.from_numpy(np.stack([states[trees[t][0]] for t in batch]).astype(np.float32)).to(device)
         # a token sees its ancestors and itself: one more than stand before it in its text
-        h = model.trunk(idx.to(device), image, position=mask.sum(dim=-1).to(device) - 1, mask=mask.to(device))[0]  # (B, T, D)
+        with evaluating(model):
+            h = model.trunk(idx.to(device), image, position=mask.sum(dim=-1).to(device) - 1, mask=mask.to(device))[0]  # (B, T, D)
         # the head runs once per token, however many edges leave it
         size = [len(trees[t][1]) for t in batch]
         real = torch.arange(T) < torch.tensor(size)[:, None]  # (B, T)
@@ -267,14 +268,11 @@ def percent(hits):
 
 def accuracies(task, items, scores):
     """{mean, by_uid, n, ties[, by_tag, text, image, group]} in percent. Ties go to the first option, which is the right one."""
-    hit, result = np.array([np.argmax(each) == 0 for each in scores]), {}
-    for name, key in ("by_uid", "uid"), ("by_tag", "tag"):
-        values = sorted({item[key] for item in items if item[key]})
-        result[name] = {value: percent(hit[[item[key] == value for item in items]]) for value in values}
-    result = {"mean": percent(hit) if task in WITH_IMAGE else float(np.mean(list(result["by_uid"].values()))), **result, "n": len(items),
-              "ties": sum(int((each == each.max()).sum() > 1) for each in scores)}
-    if not result["by_tag"]:
-        del result["by_tag"]
+    hit = np.array([np.argmax(each) == 0 for each in scores])
+    share = lambda key: {value: percent(hit[[item[key] == value for item in items]]) for value in sorted({item[key] for item in items if item[key]})}
+    by_uid, by_tag = share("uid"), share("tag")
+    result = {"mean": percent(hit) if task in WITH_IMAGE else float(np.mean(list(by_uid.values()))), "by_uid": by_uid, **({"by_tag": by_tag} if by_tag else {}),
+              "n": len(items), "ties": sum(int((each == each.max()).sum() > 1) for each in scores)}
     if task == "winoground":
         both = {}  # image_idx -> scores (2 images, 2 captions), both with their own caption first
         for item, each in zip(items, scores):
@@ -297,14 +295,15 @@ def benchmark(model, encoding, root, tasks=tuple(TASKS), protocol="2025", batch_
         items, states, blind = read_task(root, task, protocol), None, not model.config.n_image_token
         if items and task in WITH_IMAGE and not blind:
             states = read_states(root, task, items, model.config)
-        if not items or task in WITH_IMAGE and states is None and not blind:
-            missing.append(f"{task}: left out, {root} has no {task + '_filtered/*.jsonl' if not items else task + '_states.npy'}")
+        lacks = "_filtered/*.jsonl" if not items else "_states.npy" if task in WITH_IMAGE and states is None and not blind else ""
+        if lacks:
+            missing.append(f"{task}: left out, {root} has no {task}{lacks}")
             continue
         scores = score_items(model, items, encoding, states, batch_tokens)
         results[task] = accuracies(task, items, scores)
         if task in WITH_IMAGE:
-            dark = accuracies(task, items, scores if blind else score_items(model, items, encoding, None, batch_tokens))
-            results[task] |= {f"{name}_no_image": dark[name] for name in ("mean", "ties", "by_tag") if name in dark}
+            without = accuracies(task, items, scores if blind else score_items(model, items, encoding, None, batch_tokens))
+            results[task] |= {f"{name}_no_image": without[name] for name in ("mean", "ties", "by_tag") if name in without}
         chosen = predictions.setdefault(task, {})
         for item, each in zip(items, scores):
             rows = chosen.setdefault(item["uid"], {"predictions": []})["predictions"]
@@ -723,7 +722,7 @@ def fold_seeds(runs):
         same = {part: {key: value for key, value in config[part].items() if key not in aside} for part in ("train", "model")}
         key, seed = json.dumps(same, sort_keys=True), config["train"].get("seed")
         while seed in [known for _, known, _ in groups.get(key, [])]:
-            key += " again"  # a seed a second time is not another seed
+            key += " again"  # a seed a second time is not another seed: a row of its own
         groups.setdefault(key, []).append((name, seed, numbers))
     rows = []
     for members in groups.values():
@@ -903,7 +902,7 @@ def show_picture(run, model, path, prompt):
 
 def make_parser():
     parser = Parser(description="What a trained run knows: benchmarks, losses, what its gate learned, pictures. "
-                                     "Several runs print tables, a row per run; runs that differ only in seed are one row.", allow_abbrev=False)
+                    "Several runs print tables, a row per run; runs that differ only in seed are one row.", allow_abbrev=False)
     parser.add_argument("run", nargs="+", help="run folder made by train.py")
     parser.add_argument("--babylm_eval", default="", metavar="DIR", help="an evaluation_data/full_eval folder (default: that of the run's own data)")
     parser.add_argument("--tasks", default=",".join(TASKS), help="tasks by comma (default: %(default)s)")
@@ -951,6 +950,8 @@ def main(argv=None):
     names = [os.path.normpath(run) for run in dict.fromkeys(args.run)]
     runs = {run: (*read_run(run), load_model(run, device=device), load_tokenizer(run)) for run in names}  # before anything is scored
     root_of = lambda config: args.babylm_eval or os.path.join(config["train"]["data"], "evaluation_data", "full_eval")
+    if args.prompt and not args.image:
+        raise InputError("--prompt begins the caption of --image; give both")
     config, _, model, _ = runs[names[0]]
     if args.image:
         return show_picture(names[0], model, args.image, args.prompt)

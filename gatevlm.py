@@ -356,7 +356,7 @@ def keep_sampled(score, real, k):
 # 7. the model
 
 class HeadLoss(torch.autograd.Function):
-    """Cross-entropy (N,) of the logits h (N,D) @ weight (V,D).T against targets (N,), and its sum weighted by scale (N,). Gradients are
+    """Cross-entropy of the logits h (N,D) @ weight (V,D).T against targets (N,): its sum weighted by scale (N,), and each loss (N,). Gradients are
     taken on the way forward, chunk by chunk: the logits of one chunk are all that ever exists of (N,V), and nothing is computed twice."""
     CHUNK = 512
 
@@ -367,7 +367,7 @@ class HeadLoss(torch.autograd.Function):
             rows = slice(i, i + HeadLoss.CHUNK)
             logp = (h[rows] @ weight.T).float().log_softmax(dim=-1)  # (chunk, V)
             losses[rows] = F.nll_loss(logp, targets[rows], reduction="none")
-            dlogits = logp.exp_()  # d loss / d logits = softmax - one-hot, in place of logp
+            dlogits = logp.exp_()  # d loss / d logits = scale * (softmax - one-hot), in place of logp
             dlogits[torch.arange(len(dlogits), device=h.device), targets[rows]] -= 1
             dlogits *= scale[rows, None]
             dh[rows] = (dlogits @ weight).to(h.dtype)
@@ -402,6 +402,7 @@ class GateVLM(nn.Module):
         self.register_buffer("gate_temperature", torch.tensor(1.0))
         if config.contrastive != "none":
             self.log_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
+        # train.py reads these after each forward with targets
         self.loss_parts = {}  # what the last loss was made of, detached: {"language": ..., "contrastive": ...}
         self.target_losses, self.target_at = torch.zeros(0), torch.zeros(0)  # and the loss of each real target, (N,), with its flat position
         self.apply(self._init_weights)
@@ -425,7 +426,7 @@ class GateVLM(nn.Module):
         """Everything below the head: h (B,T,D), gates (n_layer,B,T), pooled image (B,D) or None, block 0's output (B,T,D).
         Tokens follow each other unless position (B,T) and mask (B,T,T), True where a row may look, arrange them otherwise. With
         keep (B,k) only those positions are run, and every T above is k."""
-        start = 0 if cache is None or not cache[0]["self"] else cache[0]["self"]["key"].size(2)
+        start = cache[0]["self"]["key"].size(2) if cache and cache[0]["self"] else 0  # tokens read before
         B, T = idx.shape
         if position is None and start + T > self.config.block_size:
             raise InputError(f"a text of {start + T} tokens does not fit block_size {self.config.block_size}")
@@ -513,20 +514,20 @@ class GateVLM(nn.Module):
         """[AdamW], or [AdamW, Muon]: Muon takes the hidden matrices, AdamW the rest, gates among it. Matrices decay; biases, norms and the
         contrastive temperature do not."""
         linears = [(name, module) for name, module in self.named_modules() if isinstance(module, nn.Linear)]
-        hidden = {module.weight for name, module in linears if not name.endswith(("gate", "head"))} if muon else set()
-        rest = [p for p in self.parameters() if p not in hidden]
+        hidden = [module.weight for name, module in linears if not name.endswith(("gate", "head"))] if muon else []
+        rest = [p for p in self.parameters() if p not in set(hidden)]
         groups = [{"params": [p for p in rest if p.dim() >= 2], "weight_decay": weight_decay},
                   {"params": [p for p in rest if p.dim() < 2], "weight_decay": 0.0}]
         optimizers = [torch.optim.AdamW(groups, lr=lr, betas=betas, fused=rest[0].device.type in ("cuda", "cpu"))]
         if muon:  # scaled so that one learning rate suits both
-            matrices = [p for p in self.parameters() if p in hidden]
-            optimizers.append(torch.optim.Muon(matrices, lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"))
+            optimizers.append(torch.optim.Muon(hidden, lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"))
         return optimizers
 
     def generate(self, idx, max_new_tokens, image=None, temperature=1.0, top_k=None, eot=None, use_cache=True):
         """Continue idx (B,T), or caption image (B,K,image_dim) when idx is <eot>: (B, T + new). temperature 0 takes the best
         token. Ends at max_new_tokens, at a full block, or when every row has produced eot (rows that end early repeat it)."""
         done = torch.zeros(len(idx), dtype=torch.bool, device=idx.device)
+        # per layer the keys and values of self- and cross-attention; Block.look adds the sum of its text, trunk the encoded image
         cache = [{"self": {}, "image": {}} for _ in self.blocks] if use_cache else None
         with evaluating(self):
             for step in range(min(max_new_tokens, self.config.block_size - idx.size(1))):
@@ -535,7 +536,7 @@ class GateVLM(nn.Module):
                 if temperature == 0:
                     token = logits.argmax(dim=-1)  # (B,)
                 else:
-                    if top_k is not None:
+                    if top_k:
                         least = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]
                         logits = logits.masked_fill(logits < least, -math.inf)
                     token = torch.multinomial(F.softmax(logits / temperature, dim=-1), 1)[:, 0]

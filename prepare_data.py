@@ -602,7 +602,7 @@ def write_folder(out, text, captions, tokenizer, meta, max_caption, overwrite, e
     """Write a data folder under a temporary name and rename it when it is whole. text {split: function -> documents};
     captions {split: ([caption], rows (n,), fetch)} where fetch(rows) -> features (n, K, image_dim); extra(folder, encoding)
     adds files and returns more meta."""
-    check_free(out, overwrite)
+    check_free(out, overwrite)  # again: another run may have made it meanwhile
     part = f"{out.rstrip('/')}.part"
     with locked(part):
         try:
@@ -799,10 +799,12 @@ def prepare_toy(args):
     return text, captions_of, texts, meta, evaluation
 
 
-def hold_out(captions, rows, share, seed):
+def hold_out(captions, rows, share, seed, source):
     """Split captions and their image rows into (training captions, rows) and (validation captions, rows): all captions of a
-    random share of the images are held out."""
+    random share of the images are held out. InputError, naming the source, for a single image."""
     images = np.unique(rows)
+    if len(images) < 2:
+        raise InputError(f"{source}: captions of one picture only; expected at least two, as one is held out for validation")
     n = max(1, round(share * len(images)))
     held = np.isin(rows, np.random.default_rng(seed).choice(images, n, replace=False))
     train, val = (([captions[i] for i in np.flatnonzero(part)], rows[part]) for part in (~held, held))
@@ -831,7 +833,7 @@ def prepare_babylm(args):
     if found_dev:
         val = read_caption_sets(found_dev)
     elif said:
-        (said, rows), val = hold_out(said, rows, 0.01, args.seed)
+        (said, rows), val = hold_out(said, rows, 0.01, args.seed, found[0][0])
         val = *val, fetch
     else:
         val = said, rows, fetch
@@ -843,7 +845,7 @@ def prepare_babylm(args):
         return lambda: documents(files, args.lines_per_document, keep or 1, args.seed)
     every = text_of(text_files, args.words)
     if dev_files:
-        text = {"train": every, "val": text_of(dev_files, args.words // 10)}
+        text = {"train": every, "val": text_of(dev_files, math.ceil(args.words / 10))}
     else:
         text = {"train": lambda: (d for i, d in enumerate(every()) if i % 100), "val": lambda: itertools.islice(every(), 0, None, 100)}
     shape = fetch(np.zeros(1, np.int64)).shape[1:] if fetch else (0, 1)
@@ -866,9 +868,7 @@ def prepare_photos(args):
             raise InputError(f"{captions_file}: names {os.path.basename(path)}, and {path} is not there")
     encode = make_encoder(args.encoder, args.n_image_token)
     fetch = lambda rows: encode([open_picture(paths[i]) for i in rows])
-    train, val = hold_out([caption for _, caption in pairs], rows, 0.1, args.seed)
-    if not train[0]:
-        raise InputError(f"{captions_file}: captions of one picture only; expected at least two, as one is held out for validation")
+    train, val = hold_out([caption for _, caption in pairs], rows, 0.1, args.seed, captions_file)
     captions_of = {"train": (*sample_captions(*train, args.captions, args.seed), fetch), "val": (*val, fetch)}
     meta = {"source": "photos", "encoder": args.encoder, "n_image_token": args.n_image_token, "image_dim": fetch([0]).shape[-1],
             "made_from": {"folder": args.folder, "captions_file": captions_file, "captions": args.captions, "seed": args.seed},
@@ -878,7 +878,7 @@ def prepare_photos(args):
 
 def make_parser():
     p = Parser(description=__doc__.split("\n\n")[0], usage="python prepare_data.py [toy | babylm DIR | photos DIR] [--flag value] ...",
-                                allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+               allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     p.add_argument("source", nargs="?", default="toy", choices=("toy", "babylm", "photos"), help="what to prepare")
     p.add_argument("folder", nargs="?", default="", help="babylm: the folder with text_only/ and image_caption/; photos: the folder of pictures")
     p.add_argument("--out", default="", help="data folder to write; empty = data/<source>, and data/toy16 for a toy world in 16 patches")

@@ -123,7 +123,7 @@ FREE = ("stop_after", "device", "compile", "log_interval", "eval_interval", "sav
 
 def make_parser():
     parser = Parser(description="Train a gated vision-language model. Without flags: the toy world, in minutes, on any machine.",
-                                     usage="python train.py [--preset NAME] [--flag value] ...", allow_abbrev=False, argument_default=argparse.SUPPRESS)
+                    usage="python train.py [--preset NAME] [--flag value] ...", allow_abbrev=False, argument_default=argparse.SUPPRESS)
     parser.add_argument("--preset", default="toy", choices=PRESETS, help="set of values, shown at each flag below, which the other flags change (default: toy)")
     parser.add_argument("--resume", action="store_true", default=False, help="go on with the run in --out from its last.pt, to the bit; where nothing is saved yet, start it")
     for title, config in ("training", TrainConfig), ("model", GateVLMConfig):
@@ -190,7 +190,7 @@ def epoch_plan(kind, epoch, config, block_size, data):
     for i, batch in enumerate(captions):
         mixed.append(batch)
         if (i + 1) % config.mix == 0:
-            mixed.append(text[i // config.mix % len(text)])
+            mixed.append(text[(i // config.mix) % len(text)])  # text starts over when it is used up
     return mixed
 
 
@@ -283,7 +283,7 @@ def is_dense(step, n_step, config):
     return step < config.elide_warmup or cycle < config.elide_dense or step >= round((1 - config.elide_tail) * n_step)
 
 
-def gather(tensors):
+def from_all_ranks(tensors):
     """The tensors of every process, in order of rank, so that all keep the same books."""
     everyone = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, [x.cpu() for x in tensors])
@@ -331,8 +331,9 @@ class Elision:
         self.count[kind][place] += 1
 
     def state(self):
+        # the sum names the teacher: in float64, float16 numbers add up without rounding, on every device alike
         return {"difficulty": self.difficulty, "count": self.count,
-                "teacher": {kind: float(reference.double().sum()) for kind, reference in self.reference.items()}}
+                "teacher": {kind: float(reference.cpu().double().sum()) for kind, reference in self.reference.items()}}
 
     def load(self, state):
         if state["teacher"] != self.state()["teacher"]:
@@ -543,7 +544,7 @@ def train(config, model_config, data, state=None):
                 if elides:
                     at = raw.target_at if share else raw.target_at[:0]  # (N,); the stand-in for an empty part has nothing to tell
                     news = place.flatten()[at], raw.target_losses[:len(at)]
-                    for told in [news] if world == 1 else gather(news):
+                    for told in [news] if world == 1 else from_all_ranks(news):
                         elision.update(kind, *told)
                 if "contrastive" in raw.loss_parts:
                     extra = raw.loss_parts["contrastive"] * share / world + (0 if extra is None else extra)

@@ -922,6 +922,7 @@ WRONG = {  # name: (files, flags after the folder, what the line must say)
     "dev set that numpy would stretch": (babylm() | dev_set(rows(1, dim=1)), [], ["d_states.npy", "1", "6"]),
     "dev captions alone": ({"text_only/train/a.train": "x\n"} | dev_set(rows(1)), [], ["d_captions.json", "none to train on"]),
     "NaN": (babylm(part2=with_value(5, np.nan)), [], [PART2, "row 5", "NaN"]),
+    "one picture for all": (babylm(part1=rows(7, 7, 7, 7), part2=rows(7, 7, 7, 7, 7, 7)), [], [CAPTIONS, "one picture only"]),
     "inf": (babylm(part2=with_value(1, np.inf)), [], [PART2, "row 1", "inf"]),
     "minus inf": (babylm(part2=with_value(4, -np.inf)), [], [PART2, "row 4", "inf"]),
     "too large for float16": (babylm(part2=with_value(2, -70000)), [], [PART2, "row 2", "65504"]),

@@ -462,6 +462,13 @@ class Prefers:
     def parameters(self):
         yield torch.zeros(1)
 
+    training = False
+
+    def train(self, mode=True):
+        return self
+
+    eval = train
+
     def trunk(self, idx, image=None, cache=None, position=None, mask=None):
         h = torch.zeros(*idx.shape, 1)
         for b, t in np.ndindex(*idx.shape):
@@ -1263,6 +1270,21 @@ def test_oscillation_by_hand():
     # C: 50 -> 48 and 53 -> 54; T: 48 -> 53, the first epoch has no start; M: 54 -> 50. What is None is left out.
     assert evaluation.oscillation(rows) == {"blimp": {"C": (-0.5, 1.5), "M": (-4.0, 4.0), "T": (5.0, 5.0)}}
     assert evaluation.oscillation(rows[:3]) == {} == evaluation.oscillation(rows[:1])
+
+
+def test_a_prompt_needs_a_picture(run):
+    with pytest.raises(InputError, match="--image; give both"):
+        evaluation.main([run, "--prompt", "there is"])
+
+
+def test_scores_do_not_depend_on_training_mode(few):
+    model = random_model(few, dropout=0.5)
+    pieces = [(None, (model.config.vocab_size - 1, 5, 9, 30), 1)]
+    model.train()
+    assert np.array_equal(evaluation.score(model, pieces), evaluation.score(model.eval(), pieces))
+    model.train()
+    evaluation.score(model, pieces)
+    assert model.training
 
 
 def test_what_is_shown_of_one_run_is_refused_for_several(run, tmp_path):
