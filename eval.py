@@ -628,7 +628,7 @@ def draw_curves(path, series, title, xlabel, floors=(), top=1.0):
     y0, y1 = y0 - 0.05 * (y1 - y0), y1 + 0.05 * (y1 - y0) + 1e-9
     box = (70, 50, 760, 430)
     px = lambda x, y: (box[0] + (x - x0) / (x1 - x0) * (box[2] - box[0]), box[3] - (min(y, y1) - y0) / (y1 - y0) * (box[3] - box[1]))
-    canvas = Image.new("RGB", (960, 490), PAPER)
+    canvas = Image.new("RGB", (1000, 490), PAPER)
     draw = ImageDraw.Draw(canvas)
     draw.text((box[0], 16), title, INK, font(20))
     draw.text((box[2], box[3] + 30), xlabel, INK, font(14), anchor="ra")
@@ -648,7 +648,7 @@ def draw_curves(path, series, title, xlabel, floors=(), top=1.0):
             w, h = MARKS[i]
             for x, y in (px(*p) for p in line[::max(1, len(line) // 12)]):
                 (draw.ellipse if i < 2 else draw.rectangle)((x - w, y - h, x + w, y + h), PAPER if i in (1, 4) else color, color)
-            labels.append((px(*line[-1])[1], f"{label} {line[-1][1]:.3f}", color))
+            labels.append((px(*line[-1])[1], f"{label} {line[-1][1]:#.3g}", color))
     last = -100
     for y, label, color in sorted(labels):
         last = max(y, last + 18)
@@ -814,7 +814,7 @@ def learn_gates(run, model, data, upos, norms, teacher):
     found = gate_report(rows, names, f"gate_{layers[-1]}")
     write_json(os.path.join(run, "gates.json"), found)
     draw_bars(os.path.join(run, "gates_by_class.png"), [(f"{tag} ({x['n']:,})", 0, 1 - x["mean"], (1 - x["q3"], 1 - x["q1"])) for tag, x in by_gate(found)],
-              "how much the model looks at the picture (1 - gate), mean and middle half", 0, 1)
+              "how much the model looks at the picture (1 - gate): mean, 25% to 75%", 0, 1)
     return found
 
 
@@ -824,14 +824,14 @@ def by_gate(found):
 
 def gate_numbers(found):
     """{column: number or None} of a gate_report: mean gate of function and content words and their difference, Kruskal-Wallis H, Spearman's rho
-    (norms: over words; loss saved by the image, teacher's loss: over tokens), R2 of the regression, and "R2 -x": what it loses without x."""
+    (norms: over words; loss saved by the image, teacher's loss: over tokens), R2 of the regression, and what it loses without each predictor."""
     function, content = (found["by_class"].get(kind, {}).get("mean") for kind in ("function", "content"))
     numbers = {"function": function, "content": content, "difference": None if None in (function, content) else function - content,
                "H": (found["kruskal_wallis"]["mean_of_layers"] or {}).get("H")}
     numbers |= {f"rho {name}": x["words"]["rho"] for name, x in found["spearman"].items()}
     numbers |= {"rho saved": found["papers_agree"]["rho"], "rho teacher": found.get("teacher_agrees", {}).get("rho")}
     if found["regression"]:
-        numbers |= {"R2": found["regression"]["r2"], **{f"R2 -{name}": x for name, x in found["regression"]["r2_lost_without"].items()}}
+        numbers |= {"R2": found["regression"]["r2"], **{f"R2 lost: {name}": x for name, x in found["regression"]["r2_lost_without"].items()}}
     return numbers
 
 
@@ -923,6 +923,8 @@ def make_parser():
 def read_run(run):
     """config.json of a run folder and, where training has ended, summary.json (otherwise {})."""
     path, told = os.path.join(run, "config.json"), os.path.join(run, "summary.json")
+    if not os.path.isfile(path):
+        raise InputError(f"{path}: not there; expected the folder of a run of train.py")
     config, summary = read_json(path), read_json(told) if os.path.isfile(told) else {}
     parts = [config.get("train"), config.get("model")] if isinstance(config, dict) else [None]
     if not all(isinstance(part, dict) for part in (*parts, summary)) or not isinstance(parts[0].get("data"), str):

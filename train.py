@@ -144,6 +144,8 @@ def parse(argv):
     """Command line -> (preset, resume, explicit flags {name: value}). An unknown flag names the nearest one."""
     parser = make_parser()
     args, unknown = parser.parse_known_args(argv)
+    if unknown and not unknown[0].startswith("-"):
+        raise InputError(f"unexpected {unknown[0]}: every value follows its --flag, and a switch is --flag or --no-flag alone")
     if unknown:
         known = [flag for action in parser._actions for flag in action.option_strings]
         near = difflib.get_close_matches(unknown[0].split("=")[0], known, n=1, cutoff=0)
@@ -443,7 +445,8 @@ def train(config, model_config, data, state=None):
         os.replace(path("log.jsonl.part"), path("log.jsonl"))
         if config.keep_checkpoints:
             os.makedirs(path("checkpoints"), exist_ok=True)
-        print(f"{raw.n_parameter():,} parameters on {device}; {n_step:,} steps: {kinds}")
+        told = f"; {now['step']:,} of them done before" if state else ""
+        print(f"{raw.n_parameter():,} parameters on {device}; {n_step:,} steps: {kinds}{told}")
     handlers = {s: signal.signal(s, lambda number, frame: signals.append(number)) for s in (signal.SIGINT, signal.SIGTERM)}
 
     def write_log(line):
@@ -639,7 +642,7 @@ def finish(config, data):
     series = {name: [(line["step"], line[key]) for line in lines if line.get(key) is not None and line.get("kind", kind) == kind and line.get("kept", 1) == 1]
               for name, key, kind in (("captions, training", "loss", "C"), ("captions, validation", "val_loss_caption", None),
                                       ("text, training", "loss", "T"), ("text, validation", "val_loss_text", None))}
-    floors = [(name.replace("_", " "), summary[name]) for name in ("floor_with_image", "floor_text_only") if name in summary]
+    floors = [(f"captions, {name.replace('_', ' ')}", summary[name]) for name in ("floor_with_image", "floor_text_only") if name in summary]
     evaluation.draw_curves(path("loss.png"), series, "loss, nats per token", "steps", floors, top=0.95)
     evaluation.gate_picture(path("gates.png"), model, data)
     if config.elide != "none" and evaluation.looking(model) and len(data.image_row["train"]):

@@ -1116,6 +1116,8 @@ def test_a_damaged_run_folder_is_refused(few, tmp_path, name, text):
     out = save_run(tmp_path / "run", few, random_model(few))
     with open(os.path.join(out, name), "w") as f:
         f.write(text)
+    with pytest.raises(InputError, match="nowhere.config.json: not there"):
+        evaluation.main([str(tmp_path / "nowhere")])
     with pytest.raises(InputError, match="config.json"):
         evaluation.main([out, "--tasks", "ewok"])
 

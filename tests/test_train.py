@@ -210,6 +210,7 @@ def test_unknown_flag_names_the_nearest_and_exits_with_2():
     assert result.returncode == 2
     assert result.stderr == "train.py: unknown flag --dropuot; did you mean --dropout?\n"
     assert "did you mean --n_layer?" in refused("--n-layer=3")
+    assert "a switch is --flag or --no-flag alone" in refused("--channel_attention", "on")
     assert "unknown flag --n_lay;" in refused("--n_lay", 3)  # no abbreviations: they would change meaning when a flag is added
 
 
