@@ -742,7 +742,7 @@ def print_runs(rows):
     told = lambda c, x: f"{x:,.{0 if c == 'H' else 2 if c in percents else 3}f}"
     best = {}  # column -> its best mean as printed: what is equal as printed is equally good
     for c in columns if len(rows) > 1 else ():
-        if (c in percents or "loss" in c or c == "captured") and "blind" not in c:
+        if c in (*percents, "caption loss", "text loss", "captured") and "blind" not in c:
             best[c] = told(c, (min if "loss" in c else max)(numbers[c][0] for _, _, numbers in rows if c in numbers))
     cell = lambda c, mean, std: f"{told(c, mean)}{'' if std is None else f' +-{told(c, std)}'}{'*' if best.get(c) == told(c, mean) else ' '}"
     print_table([["run", "seeds", *columns]] + [[name, n, *(cell(c, *numbers[c]) if c in numbers else None for c in columns)] for name, n, numbers in rows])
@@ -859,16 +859,25 @@ def show_gates(found):
         print(f"WARNING: the gate has collapsed: its standard deviation over words is {found['spread']:.4f}")
 
 
-def show_checkpoints(run, data, root, tasks, protocol, device):
-    """checkpoints.json, checkpoints.png (accuracies), checkpoint_losses.png, and how scores move in each kind of epoch."""
-    rows = score_checkpoints(run, data, root, tasks, protocol, device)
-    moves = oscillation(rows)
-    write_json(os.path.join(run, "checkpoints.json"), {"checkpoints": rows, "oscillation": moves})
-    measures = [key for key in rows[0] if key not in ("epoch", "ends_epoch")]
+def show_checkpoints(runs, root_of, tasks, protocol, device):
+    """checkpoints.json, checkpoints.png (accuracies) and checkpoint_losses.png of every run {run: config}. Prints the checkpoints of a single run and
+    how its scores move in each kind of epoch, or over several runs a table of the last checkpoints and of these moves."""
+    table = {}
+    for run, config in runs.items():
+        rows = score_checkpoints(run, open_data(run, config), root_of(config), tasks, protocol, device)
+        moves = oscillation(rows)
+        write_json(os.path.join(run, "checkpoints.json"), {"checkpoints": rows, "oscillation": moves})
+        for name, keys in ("checkpoints.png", list(TASKS)), ("checkpoint_losses.png", ["val_loss_caption", "val_loss_text"]):
+            draw_curves(os.path.join(run, name), {key: [(row["step"], row[key]) for row in rows] for key in keys if rows[0].get(key) is not None},
+                        "accuracy in %" if keys[0] in TASKS else "loss, nats per token", "steps")
+        plain = {measure: f"{measure.removeprefix('val_loss_')} loss" if "loss" in measure else measure for measure in rows[0]}
+        table[run] = config, {**{plain[key]: value for key, value in rows[-1].items() if key not in ("step", "epoch", "kind", "ends_epoch")},
+                              **{f"in {kind}: {plain[key]}": mean for key, kinds in moves.items() for kind, (mean, _) in kinds.items()}}
+    if len(runs) > 1:
+        print("\nthe last checkpoint, and the mean change over an epoch of a kind; losses in nats per token")
+        return print_runs(fold_seeds(table))
+    measures = [key for key in rows[0] if key not in ("epoch", "ends_epoch")]  # of the one run of the loop above
     print_table([measures] + [[str(row["step"])] + [row[key] for key in measures[1:]] for row in rows])
-    for name, keys in ("checkpoints.png", list(TASKS)), ("checkpoint_losses.png", ["val_loss_caption", "val_loss_text"]):
-        draw_curves(os.path.join(run, name), {key: [(row["step"], row[key]) for row in rows] for key in keys if rows[0].get(key) is not None},
-                    "accuracy in %" if keys[0] in TASKS else "loss, nats per token", "steps")
     print_table([["change over an epoch", "epochs", "mean", "mean size"]]
                 + [[measure, kind, f"{mean:+.3f}", f"{size:.3f}"] for measure, kinds in moves.items() for kind, (mean, size) in kinds.items()])
 
@@ -913,7 +922,7 @@ def make_parser():
     parser.add_argument("--upos", default="", metavar="TSV", help="parts of speech: columns 'word' and 'upos', a line per word")
     parser.add_argument("--teacher", default="", metavar="RUN", help="a run trained with --no-images: does the gate look where that run cannot predict?")
     parser.add_argument("--caption", type=int, default=None, metavar="N", help="validation caption to draw into gates.png, by row (default: a long one)")
-    parser.add_argument("--checkpoints", action="store_true", help="score every checkpoint of a run trained with --keep_checkpoints")
+    parser.add_argument("--checkpoints", action="store_true", help="score every checkpoint of runs trained with --keep_checkpoints")
     parser.add_argument("--image", default="", metavar="FILE", help="caption this picture instead")
     parser.add_argument("--prompt", default="", help="how the caption of --image begins")
     parser.add_argument("--device", default="auto", help="cpu, cuda, mps, or auto for the best there is (default: %(default)s)")
@@ -947,8 +956,8 @@ def main(argv=None):
     for task in tasks:
         if task not in TASKS:
             raise InputError(f"--tasks {task}: expected some of {', '.join(TASKS)}")
-    if len(args.run) > 1 and (args.image or args.checkpoints or args.paradigms or args.caption is not None):
-        raise InputError("--image, --checkpoints, --paradigms and --caption take one run")
+    if len(args.run) > 1 and (args.image or args.paradigms or args.caption is not None):
+        raise InputError("--image, --paradigms and --caption take one run")
     names = [os.path.normpath(run) for run in dict.fromkeys(args.run)]
     runs = {run: (*read_run(run), load_model(run, device=device), load_tokenizer(run)) for run in names}  # before anything is scored
     root_of = lambda config: args.babylm_eval or os.path.join(config["train"]["data"], "evaluation_data", "full_eval")
@@ -958,7 +967,7 @@ def main(argv=None):
     if args.image:
         return show_picture(names[0], model, args.image, args.prompt)
     if args.checkpoints:
-        return show_checkpoints(names[0], open_data(names[0], config), root_of(config), tasks, args.protocol, device)
+        return show_checkpoints({run: config for run, (config, *_) in runs.items()}, root_of, tasks, args.protocol, device)
     upos = read_upos(args.upos) if args.upos else None
     norms = read_norms(args.norms) if args.norms else None
     every, tables, year = {}, ({}, {}, {}), "" if args.protocol == "2025" else f"_{args.protocol}"

@@ -860,7 +860,7 @@ def test_several_runs_print_tables(few, encoding, tmp_path, capsys):
     at = gates[0].index("difference")
     assert gates[1][at] == f"{(x + y) / 2:.3f} +-{abs(x - y) / math.sqrt(2):.3f}" and gates[2][gates[0].index("H")] == f"{found[2]['kruskal_wallis']['mean_of_layers']['H']:,.0f}"
     assert gates[2][gates[0].index("rho saved")] == f"{found[2]['papers_agree']['rho']:.3f}" and "rho teacher" not in gates[0]
-    for flags in ["--checkpoints"], ["--image", "x.png"], ["--caption", "1"]:
+    for flags in ["--image", "x.png"], ["--caption", "1"]:
         with pytest.raises(InputError, match="one run"):
             evaluation.main([*names, *flags])
 
@@ -1265,6 +1265,27 @@ def test_checkpoints(kept, few, encoding, capsys):
             assert (np.asarray(picture.convert("RGB")) == evaluation.LINES[0]).all(axis=-1).any()
 
 
+def test_checkpoints_of_several_runs_are_a_table(kept, tmp_path, capsys):
+    """Seeds folded: the last checkpoint's scores, not the best one's, and the mean change over an epoch of each kind."""
+    other = shutil.copytree(kept, tmp_path / "other")
+    config = read(other / "config.json")
+    config["train"]["seed"] = 2
+    prepare_data.write_json(str(other / "config.json"), config)
+    newest = max(glob.glob(str(other / "checkpoints" / "*.pt")))
+    shutil.copy(min(glob.glob(str(other / "checkpoints" / "*.pt"))), tmp_path / "first.pt")
+    checkpoint = load_checkpoint(newest)
+    checkpoint["model"] = load_checkpoint(str(tmp_path / "first.pt"))["model"]  # the second seed ends where it began
+    save_checkpoint(newest, checkpoint)
+    assert evaluation.main([kept, str(other), "--checkpoints", "--tasks", "ewok"]) is None
+    header, line = [re.split(r"\s{2,}", line.strip()) for line in capsys.readouterr().out.splitlines()[-2:]]
+    assert header[:5] == ["run", "seeds", "caption loss", "text loss", "ewok"] and line[:2] == [kept, "2"]
+    a, b = (read(os.path.join(run, "checkpoints.json")) for run in (kept, str(other)))
+    x, y = a["checkpoints"][-1]["val_loss_text"], b["checkpoints"][-1]["val_loss_text"]
+    assert abs(x - y) > 0.01 and line[3] == f"{(x + y) / 2:.3f} +-{abs(x - y) / math.sqrt(2):.3f}"
+    x, y = (each["oscillation"]["val_loss_caption"]["C"][0] for each in (a, b))
+    assert line[header.index("in C: caption loss")] == f"{(x + y) / 2:.3f} +-{abs(x - y) / math.sqrt(2):.3f}"
+
+
 def test_oscillation_by_hand():
     row = lambda kind, ends, blimp, loss=None: {"step": 1, "epoch": 0, "kind": kind, "ends_epoch": ends, "blimp": blimp, "val_loss_text": loss}
     rows = [row("T", False, 0.0), row("T", True, 50.0), row("C", False, 99.0), row("C", True, 48.0), row("T", True, 53.0),
@@ -1291,7 +1312,7 @@ def test_scores_do_not_depend_on_training_mode(few):
 
 def test_what_is_shown_of_one_run_is_refused_for_several(run, tmp_path):
     other = shutil.copytree(run, tmp_path / "other")
-    for flag in (["--checkpoints"], ["--paradigms"], ["--caption", "1"], ["--image", "x.png"]):
+    for flag in (["--paradigms"], ["--caption", "1"], ["--image", "x.png"]):
         with pytest.raises(InputError, match="take one run"):
             evaluation.main([run, str(other), *flag])
     evaluation.main([run, str(other), "--tasks", "blimp"])
