@@ -176,7 +176,7 @@ def option_ids(item, encoding, block_size):
     for option, text in enumerate(item["options"]):
         ids, before = encoding.encode_ordinary(item["context"] + text), len(item["context"].encode())
         ends = np.cumsum([len(encoding.decode_single_token_bytes(i)) for i in ids])
-        first = 1 + int(np.searchsorted(ends, before, side="right"))  # a token that only begins in the context counts, as officially
+        first = 1 + int(np.searchsorted(ends, before, side="right"))  # a token that begins in the context and ends in the option is scored, as officially
         ids = [encoding.eot_token, *ids]
         while len(ids) > block_size + 1:
             if first <= block_size:
@@ -315,7 +315,8 @@ def benchmark(model, encoding, root, tasks=tuple(TASKS), protocol="2025", batch_
 # words and their gates
 
 def words_of(ids, encoding):
-    """Token ids of a caption -> [(word, position of its first token, position after its last)]. A gate is read where the model
+    """Token ids of a caption -> [(word, position of its first token, position after its last)]; a space or newline that is a token of its own
+    is the first token of the word after it. A gate is read where the model
     predicts the word, and in a caption that starts after <eot> that is the same position."""
     words, letters = [], False  # letters: the previous piece can be continued
     for position, token in enumerate(ids):
@@ -354,12 +355,13 @@ def ranks(x):
 
 
 def student_t_p(t, df):
-    """Two-sided p of Student's t. With t = sqrt(df) tan(a) the density is proportional to cos(a)^(df-1); the tail is integrated
-    over as far as it counts."""
+    """Two-sided p of Student's t. With t = sqrt(df) tan(a) the density of a is proportional to cos(a)^(df-1): smooth, over a finite range. The
+    tail is integrated by Gauss-Legendre up to pi/2, or over 40 standard deviations (1 / sqrt(df) each), beyond which nothing is left."""
     a = math.atan(abs(t) / math.sqrt(df))
     width = min(math.pi / 2 - a, 40 / math.sqrt(df))
     x, weight = np.polynomial.legendre.leggauss(200)
     scale = math.lgamma((df + 1) / 2) - math.lgamma(df / 2) - math.log(math.pi) / 2
+    # half the width, as the nodes are those of -1..1, times two sides
     return float(width * (weight * np.exp(scale + (df - 1) * np.log(np.cos(a + width * (x + 1) / 2)))).sum())
 
 
@@ -380,7 +382,7 @@ def kruskal_wallis(groups):
     if df < 1 or correction == 0:
         return {"H": None, "df": df, "p": None}
     sums = [part.sum() ** 2 / len(part) for part in np.split(r, np.cumsum(sizes)[:-1])]
-    H = float((12 / (n * (n + 1)) * sum(sums) - 3 * (n + 1)) / correction)
+    H = max(0.0, float((12 / (n * (n + 1)) * sum(sums) - 3 * (n + 1)) / correction))  # rounding can leave -1e-13
     return {"H": H, "df": df, "p": torch.special.gammaincc(torch.tensor(df / 2).double(), torch.tensor(H / 2).double()).item()}
 
 
@@ -404,7 +406,7 @@ def least_squares(columns, y):
 # ----------------------------------------------------------------------------------------------------------------------
 # what the gate learned
 
-OURS = ("caption", "position", "token", "starts_word", "word", "class", "tag", "gate", "loss")  # how columns of gates.csv besides the norms begin
+RESERVED = ("caption", "position", "token", "starts_word", "word", "class", "tag", "gate", "loss")  # columns of gates.csv begin so: no norm may
 
 
 def read_table(path):
@@ -430,8 +432,8 @@ def read_norms(path):
             table[word] = {name: float(value) for name, value in row.items() if value.lower() not in ("", "na", "nan")}
         except ValueError as error:
             raise InputError(f"{path}, word {word!r}: expected numbers or empty cells ({error})") from error
-        if not all(map(math.isfinite, table[word].values())) or any(name.startswith(OURS) for name in row):
-            raise InputError(f"{path}, word {word!r}: expected finite numbers or empty cells, and columns that do not begin with {', '.join(OURS)}")
+        if not all(map(math.isfinite, table[word].values())) or any(name.startswith(RESERVED) for name in row):
+            raise InputError(f"{path}, word {word!r}: expected finite numbers or empty cells, and columns that do not begin with {', '.join(RESERVED)}")
     return table
 
 
@@ -498,11 +500,12 @@ def gate_report(rows, names, last):
         q1, median, q3 = np.quantile(gate, (0.25, 0.5, 0.75)).tolist()
         return {"n": len(some), "mean": gate.mean(), "sd": gate.std(), "q1": q1, "median": median, "q3": q3, "last_layer": value(last, some).mean()}
     result = {f"by_{kind}": {tag: describe(some) for tag, some in groups(kind).items()} for kind in ("tag", "class")}
+    # over every occurrence of a word as if they were independent: they are not, so p is far too small, and H grows with the number of captions
     known = [some for tag, some in groups("tag").items() if tag not in ("X", "other")]
     result["kruskal_wallis"] = {name: kruskal_wallis([value(key, some) for some in known]) if known else None
                                 for name, key in (("mean_of_layers", "gate"), ("last_layer", last))}
 
-    # a word is one observation, however often it occurs: its tokens are not independent
+    # words: a word is one observation, however often it occurs; tokens: each occurrence is one (that of its first token)
     words = [{**some[0], "gate": value("gate", some).mean(), "n": len(some)} for some in groups("word").values()]
     result["spearman"] = {}
     for name in names:
@@ -511,7 +514,7 @@ def gate_report(rows, names, last):
             result["spearman"].setdefault(name, {})[unit] = spearman(value(name, some), value("gate", some))
     predictors = {"class": "class"}
     for short in "concreteness", "frequency":
-        predictors |= {short: name for name in names if short in name and short not in predictors}
+        predictors |= {short: name for name in names[::-1] if short in name}  # the first such column: ratings often come with their spread
     some = [row for row in words if row["class"] != "other" and all(row[name] is not None for name in predictors.values())]
     result["regression"] = regress(some, predictors)
 
@@ -544,7 +547,9 @@ def regress(words, predictors):
 
 
 def report(model, data, upos=None):
-    """The numbers of summary.json that describe the model, over the whole validation set."""
+    """The numbers of summary.json that describe the model, over the whole validation set; losses in nats per token. visual_information_captured:
+    (floor without image - caption loss) / (difference of the floors), 1 at the physical limit, below 0 where a perfect blind model would be
+    better. Gate and loss of function and content words are those at the first token of each word."""
     ids = spread_ids(data, None, model.config.block_size)
     losses, gates = caption_losses(model, data, ids)
     result = {"val_loss_caption": mean_loss(losses)}
@@ -552,7 +557,8 @@ def report(model, data, upos=None):
     for view, name in ("none", "val_loss_caption_no_image"), ("other", "val_loss_caption_other_image"):
         result[name] = result["val_loss_caption"] if blind else mean_loss(caption_losses(model, data, ids, view)[0])
     result["val_loss_text"] = text_loss(model, data)
-    cut = data.lengths("val", math.inf).max(initial=0) > model.config.block_size  # the floors are those of whole captions
+    # the floors are those of whole captions: none may be cut by the model's block, nor by --max_caption of prepare_data.py
+    cut = data.lengths("val", math.inf).max(initial=0) > model.config.block_size or data.meta["count"].get("caption_val_cut")
     if "floor_with_image" in data.meta and losses and not cut:
         high, low = data.meta["floor_text_only"], data.meta["floor_with_image"]
         result |= {"floor_with_image": low, "floor_text_only": high,
@@ -694,8 +700,6 @@ def gate_picture(path, model, data, caption=None, split="val", keep=None, title=
         return None
     if caption is None:
         caption = int(np.argmax(length[:100]))
-    if not 0 <= caption < len(length):
-        raise InputError(f"--caption {caption}: the validation set has captions 0 to {len(length) - 1}")
     _, (gate,) = caption_losses(model, data, np.array([caption]), split=split)
     words = words_of(data.caption(split, caption, model.config.block_size), data.encoding)
     draw_gates(path, [word for word, _, _ in words], [gate[layers, first].mean() for _, first, _ in words],
@@ -838,8 +842,11 @@ def gate_numbers(found):
 def show_gates(found):
     p = lambda x: "" if x is None else f"{x:.2g}"
     print()
+    kinds = by_gate(found)
+    if "content" not in found["by_tag"]:  # without a table of parts of speech the tags are the classes
+        kinds += found["by_class"].items()
     print_table([["gate (1 language, 0 vision)", "words", "mean", "sd", "last layer"]]
-                + [[tag, x["n"], x["mean"], x["sd"], x["last_layer"]] for group in (by_gate(found), found["by_class"].items() if "content" not in found["by_tag"] else ()) for tag, x in group])
+                + [[tag, x["n"], x["mean"], x["sd"], x["last_layer"]] for tag, x in kinds])
     for name, test in found["kruskal_wallis"].items():
         if test and test["H"] is not None:
             print(f"Kruskal-Wallis over parts of speech, {name.replace('_', ' ')}: H {test['H']:.1f}, df {test['df']}, p {p(test['p'])}")
@@ -856,7 +863,7 @@ def show_gates(found):
         if found.get(name, {}).get("rho") is not None:
             print(f"do the papers agree? Spearman of 1 - gate with {what}: rho {found[name]['rho']:.3f}, {found[name]['n']:,} tokens")
     if found["collapsed"]:
-        print(f"WARNING: the gate has collapsed: its standard deviation over words is {found['spread']:.4f}")
+        print(f"WARNING: the gate has collapsed: its standard deviation over the occurrences of words is {found['spread']:.4f}")
 
 
 def show_checkpoints(runs, root_of, tasks, protocol, device):
@@ -972,7 +979,10 @@ def main(argv=None):
     norms = read_norms(args.norms) if args.norms else None
     every, tables, year = {}, ({}, {}, {}), "" if args.protocol == "2025" else f"_{args.protocol}"
     for run, (config, summary, model, encoding) in runs.items():
-        data = open_data(run, config)  # first: data or a teacher that do not fit overwrite nothing
+        data = open_data(run, config)  # first: where data, teacher or --caption do not fit, nothing of this run is overwritten
+        n_caption = len(data.image_row["val"])
+        if args.caption is not None and not 0 <= args.caption < n_caption:
+            raise InputError(f"--caption {args.caption}: the validation set has {n_caption} captions, counted from 0")
         teacher = load_teacher(args.teacher, data, device, model.config.block_size) if args.teacher else None
         results, predictions, missing = benchmark(model, encoding, root_of(config), tasks, args.protocol)
         every[run] = results

@@ -10,7 +10,7 @@ built from it; for the whole first, read GateVLM.trunk (7) and Block.forward (4)
   5. clip_loss, lcg_loss   the two contrastive losses that can be added in training
   6. keep_best             the tokens worth running, by a score: the selection of *ReGATE* (Li, Kulkarni, Fazli; arXiv 2507.21420). The score
                            d = m + lambda * l_ref and the average m <- beta m + (1 - beta) l: train.py, class Elision; the schedule: is_dense
-     keep_sampled          the same score as a sampling weight: in neither paper, as is the switch visible
+     keep_sampled          the same score as a sampling weight; in neither paper, and neither is visible, an argument of GateVLM.forward
   7. HeadLoss, GateVLM     the loss without the logits; embeddings, blocks, tied head; anneal: temperature of the Gumbel gates; generate()
   8. pick_device, compiled, save_checkpoint, load_model: a run folder -> a model, in one call
 
@@ -144,7 +144,8 @@ class Attention(nn.Module):
 
     def forward(self, x, memory=None, causal=False, cache=None, mask=None):
         if memory is not None and memory.size(1) == 1 and not (self.training and self.dropout):
-            # the softmax over one key is 1: every query finds the same, so none is computed
+            # the softmax over one key is 1: every query finds the same, so none is computed. (Dropout zeroes that 1 for some queries and heads
+            # and not for others: then the long way is taken.)
             found = cache["found"] if cache else self.proj(self.key_value(memory).chunk(2, dim=-1)[1])  # (B, 1, D)
             if cache is not None:
                 cache["found"] = found
@@ -248,8 +249,9 @@ class Block(nn.Module):
                 self.condition = nn.Linear(D, 2 * D if config.modulation == "film" else D)
 
     def forward(self, h, image=None, temperature=None, cache=None, mask=None, embedded=None, keep=None):
-        """h (B,T,D), image tokens (B,K,D) or None -> h (B,T,D), gate (B,T): 1 all language, 0 all vision. With embedded, the whole text
-        as it was embedded, h holds the positions keep (B,k) only and also attends to the others."""
+        """h (B,T,D), image tokens (B,K,D) or None -> h (B,T,D), gate (B,T), the mean over features: 1 all language, 0 all vision. With embedded
+        (B,T,D), the whole text as it was embedded, h holds the positions keep (B,k) only and also attends to the others. temperature: of hard
+        gates; mask (B,T,T): True where a row may look; cache: the dict of this layer, see generate."""
         h = h + self.drop(self.attend(h, cache, mask, embedded, keep))
         gate = h.new_ones(h.shape[:2])  # 1 where there is no gate: no image, a layer that does not look, or gate none (which adds v all the same)
         if image is not None and self.sees_image:
@@ -283,31 +285,33 @@ class Block(nn.Module):
         # averages positions 0..i only, and the image memory is a different one at every position.
         B, T, D = t.shape
         if mask is None:
-            total, n = t.cumsum(dim=1), torch.arange(1, T + 1, device=t.device)
-        else:
-            total, n = mask.to(t.dtype) @ t, mask.sum(dim=-1)
-        if cache is not None:
+            total, n = t.cumsum(dim=1), torch.arange(1, T + 1, device=t.device)  # (B, T, D), (T,)
+        else:  # "so far" is what a position may look at
+            total, n = mask.to(t.dtype) @ t, mask.sum(dim=-1)  # (B, T, D), (B, T)
+        if cache is not None:  # t holds the new tokens only
             total, n = total + cache.get("text_sum", 0), n + cache.get("n_text", 0)
             cache["text_sum"], cache["n_text"] = total[:, -1:], n[-1:]
         text = total / n[..., None]  # (B, T, D)
         memory = self.modulate(image[:, None], text[:, :, None])  # (B, T, K, D)
-        return self.cross(t.reshape(B * T, 1, D), memory=memory.flatten(0, 1)).view(B, T, D)
+        return self.cross(t.reshape(B * T, 1, D), memory=memory.flatten(0, 1)).view(B, T, D)  # as B * T texts of one query each
 
     def modulate(self, x, condition):
+        """x (...,D) scaled (FiLM: and shifted) per feature by linear maps of condition (...,D); the two are broadcast."""
         if self.config.modulation == "film":
             gamma, beta = self.condition(condition).chunk(2, dim=-1)
             return x * (1 + gamma) + beta
         return x * (1 + torch.sigmoid(self.condition(condition)))  # DyIntra
 
     def gate_values(self, both, temperature):
-        """The gate g in 0..1 of both = [t ; v] (B,T,2D): (B,T,D) or (B,T,1). A hard gate is 0 or 1 in eval only, soft and noisy in training."""
+        """The gate g = sigmoid(W [h_text ; h_crossAttn] + b) of both = [t ; v] (B,T,2D): (B,T,D) or (B,T,1), in 0..1. A hard gate is 0 or 1 in
+        eval only; in training it is soft and noisy, a Gumbel-softmax sample at this temperature (0-d tensor, set by GateVLM.anneal)."""
         logit = self.gate(both)
         if self.config.gate.startswith("soft"):
             return torch.sigmoid(logit)
         if not self.training:
             return (logit > 0).to(logit.dtype)  # argmax, without noise
         # a 2-way Gumbel-softmax is a sigmoid: the difference of two Gumbel samples is one logistic sample
-        noise = torch.logit(torch.rand_like(logit), eps=1e-6)
+        noise = torch.logit(torch.rand_like(logit, dtype=torch.float32), eps=1e-6)  # in bfloat16 one draw in 512 rounds to 1, and CUDA makes it 0
         return torch.sigmoid((logit + noise) / temperature)
 
 
@@ -322,8 +326,8 @@ def clip_loss(text, image, scale):
 
 
 def lcg_loss(tokens, owner, image, scale):
-    """InfoNCE per token: tokens (N,D), owner (N,) the caption of each, image (B,D). A token must find its image among all
-    images, and its image must find it among the tokens of the other captions."""
+    """LexiContrastive Grounding (Zhuang, Fedorenko, Andreas 2024), InfoNCE per token: tokens (N,D), owner (N,) the caption of each, image
+    (B,D). A token must find its image among all images, and its image must find it among the tokens of the other captions."""
     sim = scale * F.normalize(tokens, dim=-1) @ F.normalize(image, dim=-1).T  # (N, B)
     own = owner[:, None] == torch.arange(len(image), device=sim.device)  # (N, B)
     positive = sim[own]  # (N,)
@@ -425,7 +429,8 @@ class GateVLM(nn.Module):
     def trunk(self, idx, image=None, cache=None, position=None, mask=None, keep=None, visible=False):
         """Everything below the head: h (B,T,D), gates (n_layer,B,T), pooled image (B,D) or None, block 0's output (B,T,D).
         Tokens follow each other unless position (B,T) and mask (B,T,T), True where a row may look, arrange them otherwise. With
-        keep (B,k) only those positions are run, and every T above is k."""
+        keep (B,k) only those positions are run, and every T above is k. cache: a dict per layer, made by generate and filled here. InputError
+        where a text does not fit the block or the cache, or an image the model."""
         start = cache[0]["self"]["key"].size(2) if cache and cache[0]["self"] else 0  # tokens read before
         B, T = idx.shape
         if position is None and start + T > self.config.block_size:
@@ -465,7 +470,8 @@ class GateVLM(nn.Module):
         (None, mean loss in nats); with return_gates also gates (n_layer,B,T). In training the contrastive term is added.
         keep (B,k), ascending: only these positions are run, as if the others were not in the text; visible: the others are still seen
         by self-attention, as they were embedded. weight (B,k): the loss is the sum of weight * loss instead of the mean.
-        n_target: how many targets are not -1, where the caller knows."""
+        n_target: how many targets (those at keep) are not -1, where the caller knows; it must be exact. Sets loss_parts, target_losses and
+        target_at. InputError as in trunk."""
         h, gates, pooled, first = self.trunk(idx, image, keep=keep, visible=visible)
         if keep is not None:
             idx, targets = idx.gather(1, keep), None if targets is None else targets.gather(1, keep)  # (B, k)

@@ -345,7 +345,7 @@ def open_picture(path):
             if picture.mode.startswith("I"):  # 16 bits per pixel, which convert() would clip to white
                 picture = Image.fromarray((np.asarray(picture) >> 8).clip(0, 255).astype(np.uint8))
             return ImageOps.exif_transpose(picture).convert("RGB")
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+    except Exception as error:  # a damaged picture raises whatever its decoder does, or the reader of its EXIF data
         raise InputError(f"{path}: not a readable picture ({error})") from error
 
 
@@ -470,8 +470,8 @@ def chunks(n, size=4096):
 
 
 def length_batches(length, batch_tokens, multiple=1):
-    """Indices of length (n,), longest first, in batches of at most batch_tokens tokens when each is padded to a multiple of the
-    longest of them: texts of about one length stand together, so that little is padding."""
+    """Indices of length (n,), longest first, in batches of at most batch_tokens tokens, but of one text at least. A text counts as long as the
+    longest of its batch, rounded up to a multiple of multiple. Texts of about one length stand together, so that little is padding."""
     order, i = np.argsort(-np.asarray(length), kind="stable"), 0
     while i < len(order):
         T = math.ceil(length[order[i]] / multiple) * multiple
@@ -594,14 +594,15 @@ def write_images(path, jobs, n_image_token, image_dim):
 
 def check_free(out, overwrite):
     """InputError when a folder is there that may not be replaced."""
-    if os.path.exists(out) and not (overwrite and os.path.isfile(os.path.join(out, "meta.json"))):
+    has = lambda name: os.path.isfile(os.path.join(out, name))
+    if os.path.exists(out) and not (overwrite and has("meta.json") and not has("config.json")):  # a run folder has both, and hours of training
         raise InputError(f"{out}: exists already; --overwrite replaces a data folder, --out writes elsewhere")
 
 
 def write_folder(out, text, captions, tokenizer, meta, max_caption, overwrite, extra=None):
-    """Write a data folder under a temporary name and rename it when it is whole. text {split: function -> documents};
-    captions {split: ([caption], rows (n,), fetch)} where fetch(rows) -> features (n, K, image_dim); extra(folder, encoding)
-    adds files and returns more meta."""
+    """Write a data folder under a temporary name and rename it when it is whole. text {split: function -> documents}; captions {split:
+    ([caption], rows (n,), fetch)} where fetch(rows) -> features (n, K, image_dim); tokenizer (kind, texts, vocab_size) for make_tokenizer;
+    extra(folder, encoding) adds files and returns more meta."""
     check_free(out, overwrite)  # again: another run may have made it meanwhile
     part = f"{out.rstrip('/')}.part"
     with locked(part):
@@ -708,8 +709,9 @@ def check_whole(folder, meta, name):
 
 
 class Data:
-    """A data folder, opened without reading it into memory. text[split] is a uint16 stream; captions come from caption_batch.
-    Every file is compared with its checksum, but for the images: they can be many GB, so a batch is looked at when it is read."""
+    """A data folder, opened without reading it into memory. Per split: text, a uint16 stream; tokens, the captions back to back; offset (n+1,),
+    where each begins; image_row (n,), its row of image (N,K,image_dim). caption_batch puts them together. InputError for a damaged file:
+    each is compared with its checksum, but for the images: they can be many GB, so a batch is looked at when it is read."""
 
     def __init__(self, folder):
         self.folder, self.meta, self.encoding = folder, load_meta(folder), load_tokenizer(folder)
@@ -749,7 +751,8 @@ class Data:
         return self.tokens[split][self.offset[split][i]:self.offset[split][i + 1]][:block_size]
 
     def caption_batch(self, split, ids, block_size, image_rows=None, multiple=1, images=True):
-        """Captions ids -> idx (B,T), targets (B,T) with -1 after the end, image (B,K,image_dim) float32 or None; T is padded to a multiple."""
+        """Captions ids (B,) -> idx (B,T), targets (B,T) with -1 after the end, image (B,K,image_dim) float32, or None for images=False. T: the longest
+        caption, rounded up to a multiple of multiple, block_size at most. image_rows (B,): show these rows of image.npy, not the captions' own."""
         length = self.lengths(split, block_size, ids)
         T = min(-(-length.max() // multiple) * multiple, block_size)
         place = self.offset[split][ids][:, None] + np.arange(T)  # (B, T)
@@ -905,7 +908,10 @@ def make_parser():
 def main(argv=None):
     """Prepare a data folder; returns its path. Raises InputError on wrong input and then leaves no folder."""
     args = make_parser().parse_args(argv)
-    for name, least in ("vocab_size", 257), ("max_caption", 32 if args.source == "toy" else 2), ("seed", 0), ("n_image", 1), ("n_text", 1), ("lines_per_document", 1), ("words", 0), ("captions", 0):
+    least_of = {"vocab_size": 257,  # 256 bytes and <eot>
+                "max_caption": 32 if args.source == "toy" else 2,  # a toy caption whole, as its floors are; elsewhere a token and <eot>
+                "seed": 0, "n_image": 1, "n_text": 1, "lines_per_document": 1, "words": 0, "captions": 0}
+    for name, least in least_of.items():
         if getattr(args, name) < least:
             raise InputError(f"--{name} must be at least {least}, not {getattr(args, name)}")
     if args.source != "toy" and not os.path.isdir(args.folder):

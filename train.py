@@ -177,8 +177,8 @@ def epoch_plan(kind, epoch, config, block_size, data):
         if n < block_size:
             raise InputError(f"{data.folder}: {n + 1} tokens of text are too few for blocks of {block_size}; use --curriculum caption-only or a smaller --block_size")
         starts = rng.integers(n % block_size + 1) + block_size * rng.permutation(n // block_size)  # n % block_size are left over
-        rows = max(1, config.batch_tokens // block_size)
-        text = [("T", starts[i:i + rows]) for i in range(0, len(starts), rows)]
+        n_row = max(1, config.batch_tokens // block_size)
+        text = [("T", starts[i:i + n_row]) for i in range(0, len(starts), n_row)]
     if kind in "CM":
         length = data.lengths("train", block_size)
         if not len(length):
@@ -299,14 +299,14 @@ class Elision:
         self.config, self.kinds = config, "CT" if config.elide_text else "C"
         n, started = {"C": len(data.tokens["train"]), "T": len(data.text["train"])}, time.perf_counter()
         zeros = lambda dtype=torch.float32: {kind: torch.zeros(n[kind], dtype=dtype, device=device) for kind in self.kinds}
-        self.difficulty, self.count = zeros(), zeros(torch.int32)  # the average, and how many losses it holds
+        self.difficulty, self.count = zeros(), zeros(torch.int32)  # m before the correction in score, and how many losses it holds
         self.reference = {}  # the teacher's loss
         if config.elide in WITH_TEACHER:
             self.reference = {kind: torch.tensor(reference_losses(config.teacher, data, kind, device)).to(device) for kind in self.kinds}
         self.seconds = time.perf_counter() - started  # next to nothing when the losses are cached
 
     def score(self, kind, place):
-        """d = m + lambda * reference of the tokens at place (B,T) of the stream, or what a control puts in its stead."""
+        """d = m + lambda * l_ref (ReGATE) of the tokens at place (B,T) of the stream, or what a control puts in its stead: (B,T) float32."""
         elide, beta = self.config.elide, self.config.elide_beta
         if elide == "random":
             return torch.rand(place.shape, device=place.device)
@@ -315,7 +315,8 @@ class Elision:
             return reference
         n = self.count[kind][place]
         m = self.difficulty[kind][place] / (1 - beta ** n).clamp(min=1e-9)  # an average that starts at 0, corrected as in Adam
-        # of a token that was never run, the teacher's loss stands in; without a teacher it comes first, in an order as good as random: a hash of its place
+        # a token that was never run has no m: the teacher's loss stands in. Without a teacher such tokens come before all others (no loss is
+        # near 1000), among themselves in an order as good as random: by a hash of their place
         unseen = reference if self.reference else 1000 + (place * 40503 % 65536) / 65536  # 40503 = 2^16 / golden ratio
         return (torch.where(n > 0, m, unseen) + self.config.elide_lambda * reference).float()
 
@@ -404,6 +405,8 @@ def train(config, model_config, data, state=None):
         raise InputError(f"torch {torch.__version__} has no Muon; use --optimizer adamw with a lower --lr, or torch 2.9 and later")
     optimizers = raw.optimizers(config.lr, config.weight_decay, (0.9, config.beta2), config.optimizer == "muon")
     kinds = config.epoch_kinds()
+    # where the run stands: cursor is the next batch of the epoch; tokens_seen counts the targets of all batches so far, tokens_processed those of
+    # them that went through the model; best is the lowest validation loss
     now = {"step": 0, "epoch": 0, "cursor": 0, "caption_step": 0, "tokens_seen": 0, "tokens_processed": 0, "seconds": 0.0, "best": math.inf, "best_step": 0}
     if state:
         try:
@@ -514,11 +517,12 @@ def train(config, model_config, data, state=None):
                 group["lr"] = lr
 
             n_real, loss, extra = n_target(batch, model_config, data), torch.zeros((), device=device), None
-            elides = elision is not None and kind in elision.kinds  # does this step keep the books of elision, and does it run fewer tokens?
-            nth = now["caption_step"] if kind == "C" else now["step"] - now["caption_step"]
-            sparse = elides and not is_dense(nth, n_kind_step[kind], config)
-            k = max(1, round(config.keep_ratio * n_real / len(rows))) if sparse else None  # p of the mean length: the rows of a batch are about as long
-            n_kept = n_target(batch, model_config, data, k)
+            tracked = elision is not None and kind in elision.kinds  # do the losses of this step go into the moving average?
+            nth = now["caption_step"] if kind == "C" else now["step"] - now["caption_step"]  # steps of this kind before this one
+            sparse = tracked and not is_dense(nth, n_kind_step[kind], config)  # does this step keep only k tokens of each row?
+            # one k for all rows, so that what is kept is a tensor (B,k): p of their mean length, for the rows of a batch are about as long
+            k = max(1, round(config.keep_ratio * n_real / len(rows))) if sparse else None
+            n_kept = n_target(batch, model_config, data, k)  # a row shorter than k is kept whole
             # loss of the batch = sum over parts of share * mean loss of the part, share being the part's fraction of the tokens that are run
             for micro in range(config.grad_accum):
                 part = kind, rows[micro * world + rank::config.grad_accum * world]
@@ -528,27 +532,27 @@ def train(config, model_config, data, state=None):
                 n_part = n_target(part, model_config, data, k)
                 idx, targets, image = load_batch(part, config, model_config, data, device)
                 keep = weight = None
-                if elides:
+                if tracked:
                     place = target_places(part, targets.size(1), data, device)
                 if sparse:
                     keep, weight = elision.choose(kind, place, targets != -1, min(k, targets.size(1)))
-                    if weight is not None and share:  # the sum over all parts is to be the weighted sum over all captions, per real token
+                    if weight is not None and share:  # share and the mean of DDP cancel: over all parts the loss is sum(weight * loss) / n_real
                         weight = weight * world / (n_real * share)
-                    if config.elide == "loss-only":
-                        targets, keep = targets.masked_fill(torch.ones_like(targets, dtype=torch.bool).scatter(1, keep, False), -1), None
+                    if config.elide == "loss-only":  # every token is run, but only the kept ones have a target
+                        targets, keep = torch.full_like(targets, -1).scatter(1, keep, targets.gather(1, keep)), None
                 last = micro == config.grad_accum - 1
                 with nullcontext() if last or world == 1 else model.no_sync():
                     with precision:
                         _, total, gates = model(idx, targets, image, keep, return_gates=True, weight=weight, visible=config.elide_visible, n_target=n_part)
                     (total * share).backward()
                 loss += raw.loss_parts["language"] * share / world
-                if keep is not None:
+                if keep is not None:  # (B, k), as what was run: target_at and gates count in it
                     targets, place = targets.gather(1, keep), place.gather(1, keep)
-                if elides:
+                if tracked:
                     at = raw.target_at if share else raw.target_at[:0]  # (N,); the stand-in for an empty part has nothing to tell
-                    news = place.flatten()[at], raw.target_losses[:len(at)]
-                    for told in [news] if world == 1 else from_all_ranks(news):
-                        elision.update(kind, *told)
+                    ran = place.flatten()[at], raw.target_losses[:len(at)]  # (N,), (N,)
+                    for places, losses in [ran] if world == 1 else from_all_ranks(ran):
+                        elision.update(kind, places, losses)
                 if "contrastive" in raw.loss_parts:
                     extra = raw.loss_parts["contrastive"] * share / world + (0 if extra is None else extra)
             norm = torch.nn.utils.clip_grad_norm_(raw.parameters(), config.grad_clip or math.inf)
@@ -577,8 +581,8 @@ def train(config, model_config, data, state=None):
                 if extra is not None:
                     line["contrastive"] = float(extra)
                 if image is not None:  # of the last micro-batch, on the first process
-                    real = gates.detach()[:, targets != -1]  # (n_layer, N)
-                    line |= {"gate_mean": real.mean(dim=1).tolist(), "gate_std": real.std(dim=1).tolist()}
+                    g = gates.detach()[:, targets != -1]  # (n_layer, N)
+                    line |= {"gate_mean": g.mean(dim=1).tolist(), "gate_std": g.std(dim=1, correction=0).tolist()}
                 write_log(line)
                 progress.set_postfix_str(f"{kind} loss {line['loss']:.3f}")
                 since_log, tokens_since = time.perf_counter(), 0
@@ -626,7 +630,8 @@ def kept_picture(path, config, data, state):
 def finish(config, data):
     """Report on best.pt, pictures, summary.json."""
     path = lambda name: os.path.join(config.out, name)
-    model, state = load_model(config.out), load_checkpoint(path("last.pt"))
+    model = load_model(config.out, device=pick_device(config.device, int(os.environ.get("LOCAL_RANK", 0))))
+    state = load_checkpoint(path("last.pt"))
     now = state["now"]
     summary = evaluation.report(model, data)
     summary |= {"tokens_seen": now["tokens_seen"], "tokens_processed": now["tokens_processed"],

@@ -1005,6 +1005,29 @@ def test_overwrite_does_not_remove_a_folder_that_is_no_data_folder(tmp_path):
     assert files_of(tmp_path / "in") == sorted(PHOTOS)
 
 
+def test_overwrite_does_not_remove_a_run(tmp_path):
+    """A run folder holds the meta.json of its data, but its weights cannot be made again in a moment."""
+    data = prepare(tmp_path, *command_of("photos", tmp_path)).folder
+    run = shutil.copytree(data, tmp_path / "run")
+    (run / "config.json").write_text("{}")
+    with pytest.raises(InputError, match="run: exists"):
+        prepare_data.main([*command_of("photos", tmp_path), "--out", str(run), "--overwrite"])
+    assert (run / "config.json").exists() and sorted(os.listdir(data)) == sorted(set(os.listdir(run)) - {"config.json"})
+
+
+def test_a_picture_with_damaged_exif_is_an_input_error(tmp_path):
+    """Turning a picture upright writes its EXIF block anew, and trips over a resolution (tag 0x011A) that is bytes and no fraction."""
+    exif = Image.Exif()
+    exif[0x0112], exif[0x011A] = 6, 72.0
+    picture = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(picture, "JPEG", exif=exif)
+    for name, data in ("whole", picture.getvalue()), ("damaged", picture.getvalue().replace(b"\x01\x1a\x00\x05", b"\x01\x1a\x00\x01")):
+        (tmp_path / f"{name}.jpg").write_bytes(data)
+    assert prepare_data.open_picture(str(tmp_path / "whole.jpg")).size == (8, 8)
+    with pytest.raises(InputError, match="damaged.jpg: not a readable picture"):
+        prepare_data.open_picture(str(tmp_path / "damaged.jpg"))
+
+
 def test_toy_flags_have_least_values(tmp_path):
     for flag in "--n_image", "--n_text", "--lines_per_document":
         with pytest.raises(InputError, match=f"{flag} must be at least 1, not 0"):

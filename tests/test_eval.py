@@ -152,6 +152,16 @@ def test_kruskal_wallis_exactly_on_random_ties_of_unequal_groups():
         assert found["H"] == pytest.approx(float(exact_H(groups)), rel=1e-9) and found["df"] == n_group - 1
 
 
+def test_kruskal_wallis_of_equal_rank_sums_is_zero():
+    """1..2nk dealt to and fro: every group has the same sum of ranks, so H is 0, not a rounding error below it, whose p is no number."""
+    for k in range(2, 40):
+        for n in range(1, 20):
+            deal = np.arange(2 * n * k).reshape(2 * n, k)
+            deal[1::2] = deal[1::2, ::-1]
+            found = evaluation.kruskal_wallis(list(deal.T.astype(float)))
+            assert found["H"] == pytest.approx(0, abs=1e-8) and found["H"] >= 0 and found["p"] == pytest.approx(1)
+
+
 @pytest.mark.parametrize("groups", [[[1.0, 2.0, 3.0]], [[5.0, 5.0], [5.0]], [[1.0]]])
 def test_kruskal_wallis_without_an_answer(groups):
     found = evaluation.kruskal_wallis([np.array(group) for group in groups])
@@ -682,6 +692,7 @@ def test_only_the_tasks_asked_for(run, few, encoding, tmp_path):
     for flags in ["--protocol", "2023"], ["--caption", "1000000"], ["--captoin", "1"]:
         with pytest.raises(InputError, match=flags[0]):
             evaluation.main([out, "--tasks", "ewok", *flags])
+    assert "ewok" not in read(os.path.join(out, "results.json"))  # refused before anything was written
     evaluation.main([out, "--tasks", "blimp,vqa,blimp"])  # asking twice is asking once
     again = read(os.path.join(out, "predictions.json"))
     assert again == predictions
@@ -993,6 +1004,14 @@ def token_row(word, tag, gate, last=None, starts=1, saved=0.0, **norms):
     kind = {"DET": "function", "NOUN": "content", "ADJ": "content"}.get(tag, "other")
     return {"caption": 0, "position": 0, "token": word, "starts_word": starts, "word": word, "class": kind, "tag": tag, **norms,
             "gate_1": gate if last is None else last, "gate": gate, "loss": 1.0, "loss_no_image": 1.0 + saved}
+
+
+def test_the_regression_takes_the_ratings_and_not_their_spread():
+    """Of columns concreteness and concreteness_sd the first is the predictor: the gate is 1 - rating / 10, so R2 is 1."""
+    rows = [token_row(f"w{i}", "NOUN" if i % 2 else "DET", 1 - rating / 10, concreteness=rating, concreteness_sd=i % 3)
+            for i, rating in enumerate(np.random.default_rng(0).uniform(1, 5, 30).tolist())]
+    assert evaluation.gate_report(rows, ["concreteness", "concreteness_sd"], "gate_1")["regression"]["r2"] == pytest.approx(1)
+    assert evaluation.gate_report(rows, ["concreteness_sd"], "gate_1")["regression"]["r2"] < 0.5
 
 
 def test_gate_report_by_hand():

@@ -445,6 +445,9 @@ def test_summary_counts_floors_and_word_classes(finished, toy):
     model = load_model(finished.out)
     short = GateVLM(GateVLMConfig(**{**asdict(model.config), "block_size": 8}))  # the floors are those of whole captions, which it cannot read
     assert not {"visual_information_captured", "floor_text_only"} & set(evaluation.report(short, prepare_data.Data(toy)))
+    data = prepare_data.Data(toy)
+    data.meta["count"]["caption_val_cut"] = 1  # prepare_data.py cuts too
+    assert not {"visual_information_captured", "floor_text_only"} & set(evaluation.report(model, data))
     for kind, (gate, loss) in words_by_hand(model, toy, [0, 1]).items():
         assert summary[f"gate_{kind}_words"] == pytest.approx(gate, rel=1e-5)
         assert summary[f"val_loss_{kind}_words"] == pytest.approx(loss, rel=1e-5)
