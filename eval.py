@@ -623,9 +623,9 @@ def ticks(low, high):
     return np.arange(math.ceil(low / step), math.floor(high / step) + 1) * step
 
 
-def draw_curves(path, series, title, xlabel, floors=(), top=1.0):
-    """Lines {label: [(x, y)]} with their labels at the right end, and horizontal dashed floors [(label, y)]. Points above the
-    quantile top are cut: the first steps of a loss would flatten all the rest."""
+def draw_curves(path, series, title, xlabel, floors=(), top=1.0, ends=()):
+    """Lines {label: [(x, y)]} with their labels at the right end, horizontal dashed floors [(label, y)], and vertical lines where
+    epochs end [(x, kind)]. Points above the quantile top are cut: the first steps of a loss would flatten all the rest."""
     points = [p for line in series.values() for p in line]
     if not points:
         return
@@ -643,6 +643,9 @@ def draw_curves(path, series, title, xlabel, floors=(), top=1.0):
         draw.text((box[0] - 8, px(x0, tick)[1]), f"{tick:,.10g}", INK, font(14), anchor="rm")
     for tick in ticks(x0, x1):
         draw.text((px(tick, y0)[0], box[3] + 8), f"{tick:,.10g}", INK, font(14), anchor="ma")
+    for x, kind in ends:
+        draw.line((*px(x, y0), *px(x, y1)), GRID)
+        draw.text((px(x, y0)[0] - 6, box[1] + 2), kind, INK, font(14), anchor="ra")
     labels = []
     for label, y in floors:
         for x in range(box[0], box[2], 12):
@@ -876,7 +879,8 @@ def show_checkpoints(runs, root_of, tasks, protocol, device):
         write_json(os.path.join(run, "checkpoints.json"), {"checkpoints": rows, "oscillation": moves})
         for name, keys in ("checkpoints.png", list(TASKS)), ("checkpoint_losses.png", ["val_loss_caption", "val_loss_text"]):
             draw_curves(os.path.join(run, name), {key: [(row["step"], row[key]) for row in rows] for key in keys if rows[0].get(key) is not None},
-                        "accuracy in %" if keys[0] in TASKS else "loss, nats per token", "steps")
+                        "accuracy in %" if keys[0] in TASKS else "loss, nats per token", "steps; T and C: a text or caption epoch ends, M: a mixed one",
+                        ends=[(row["step"], row["kind"]) for row in rows if row["ends_epoch"]])
         plain = {measure: f"{measure.removeprefix('val_loss_')} loss" if "loss" in measure else measure for measure in rows[0]}
         table[run] = config, {**{plain[key]: value for key, value in rows[-1].items() if key not in ("step", "epoch", "kind", "ends_epoch")},
                               **{f"in {kind}: {plain[key]}": mean for key, kinds in moves.items() for kind, (mean, _) in kinds.items()}}

@@ -1086,6 +1086,10 @@ def test_draw_curves_goes_down_where_the_loss_does(tmp_path):
         y, x = np.nonzero((pixels[:, :750] == color).all(axis=-1))  # right of that stand the labels
         assert x.max() - x.min() > 500
         assert sign * (y[x > x.max() - 50].mean() - y[x < x.min() + 50].mean()) > 150  # y grows downwards
+    evaluation.draw_curves(tmp_path / "ends.png", series, "loss", "steps", [("floor", 0.5)], ends=[(25, "T")])
+    with Image.open(tmp_path / "ends.png") as picture:
+        y, x = np.nonzero((np.asarray(picture.convert("RGB")) != pixels).any(axis=-1))  # a letter, and a line at a quarter of the axis from 70 to 760
+    assert x.max() == round(70 + 690 / 4) and 370 <= (x == x.max()).sum() <= 381 and x.max() - 30 < x.min()
     evaluation.draw_curves(tmp_path / "empty.png", {"nothing": []}, "loss", "steps")
     assert not os.path.exists(tmp_path / "empty.png")
 
