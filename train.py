@@ -673,6 +673,8 @@ def start(preset, resume, flags, out, main_process):
     state = read_state(out) if resume and saved else None  # nothing saved yet: a loop over runs can be typed again after a crash
     if state:
         values = state["model_config"] | state["config"]
+        if preset != "toy" and (begun := evaluation.read_run(out)[0].get("preset")) != preset:  # toy is also what stands where none was given
+            raise InputError(f"--preset {preset}: the run in {out} was started with {begun}; another --out starts another run")
         for name, value in flags.items():
             if name not in FREE and value != values.get(name):
                 raise InputError(f"--{name} {value}: the run in {out} was started with {values.get(name)}; only {', '.join(FREE)} may change on --resume")

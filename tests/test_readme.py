@@ -87,6 +87,17 @@ def test_loops_run_small_and_their_tables_come_out(block, worlds, tmp_path, monk
             assert "supplement" in capsys.readouterr().out
 
 
+def test_pictures_and_anchors_are_there_and_every_picture_says_which_command_draws_it():
+    root = os.path.dirname(train.__file__)
+    drawn = re.findall(r"^!\[[^\]]+\]\(([^)]+)\)\n\n\*(.*)\*$", README, re.MULTILINE)  # a picture, an empty line, its caption in italics
+    assert len(drawn) == README.count("![") >= 6
+    for path, caption in drawn:
+        assert os.path.isfile(os.path.join(root, path)) and "`" in caption
+    assert sorted(path for path, _ in drawn) == sorted(f".github/{name}" for name in os.listdir(os.path.join(root, ".github")))
+    headings = {re.sub(r"[^\w -]", "", line.lstrip("# ")).lower().replace(" ", "-") for line in README.splitlines() if line.startswith("#")}
+    assert set(re.findall(r"\]\(#([^)]*)\)", README)) <= headings
+
+
 def test_every_switch_in_the_table_is_a_flag_and_every_value_one_of_its_choices():
     rows = re.findall(r"^\| `--(\w+)` \| ([^|]*) \|", README, re.MULTILINE)
     assert len(rows) >= 8

@@ -643,7 +643,7 @@ def test_resume_of_a_finished_run_only_reports(finished, tmp_path):
 
 
 @pytest.mark.parametrize("flag, value, was", [("lr", "0.5", "0.01"), ("n_layer", "3", "2"), ("batch_tokens", "64", "1024"),
-                                              ("curriculum", "T", "TCM"), ("gate", "none", "soft-feature"), ("seed", "2", "1")])
+                                              ("curriculum", "T", "TCM"), ("gate", "none", "soft-feature"), ("seed", "2", "1"), ("preset", "laptop", "toy")])
 def test_resume_refuses_other_values(finished, flag, value, was):
     message = refused("--resume", "--out", finished.out, f"--{flag}", value)
     assert f"--{flag} {value}" in message and was in message and finished.out in message
