@@ -20,7 +20,8 @@ BLOCKS = re.findall(r"^```\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
 
 def unrolled(lines):
     """Every python line of a shell script, as bash would call it; globs stay as they are."""
-    script = 'set -f\npython() { printf "python"; printf " %q" "$@"; echo; }\npip() { :; }\n' + lines
+    # each line in one write: commands of a loop run side by side
+    script = 'set -f\npython() { local words; printf -v words " %q" "$@"; echo "python$words"; }\npip() { :; }\n' + lines
     return subprocess.run(["bash", "-c", script], check=True, capture_output=True, text=True).stdout.splitlines()
 
 
