@@ -527,6 +527,9 @@ def gate_report(rows, names, last):
     result["papers_agree"] = spearman(1 - value("gate", rows), value("loss_no_image", rows) - value("loss", rows))
     if "loss_teacher" in rows[0]:
         result["teacher_agrees"] = spearman(1 - value("gate", rows), value("loss_teacher", rows))
+        easy_first = sorted(rows, key=lambda row: row["loss_teacher"])
+        tenths = [easy_first[i * len(rows) // 10:(i + 1) * len(rows) // 10] for i in range(10)]
+        result["by_teacher_loss"] = [{"loss_from": part[0]["loss_teacher"], "loss_to": part[-1]["loss_teacher"], **describe(part)} for part in tenths if part]
     return result
 
 
@@ -808,7 +811,8 @@ def show_benchmarks(results, paradigms):
 
 
 def learn_gates(run, model, data, upos, norms, teacher):
-    """What the gate of a run learned (gate_report), written to gates.csv, gates.json and gates_by_class.png; None without a gate."""
+    """What the gate of a run learned (gate_report), written to gates.csv, gates.json, gates_by_class.png and, with a teacher, gates_by_teacher.png;
+    None without a gate."""
     layers = looking(model)
     if not layers or not len(data.image_row["val"]):
         print(f"{run}: no gate to look at: " + ("the validation set has no captions" if layers else "the model was trained without one"))
@@ -822,6 +826,10 @@ def learn_gates(run, model, data, upos, norms, teacher):
     write_json(os.path.join(run, "gates.json"), found)
     draw_bars(os.path.join(run, "gates_by_class.png"), [(f"{tag} ({x['n']:,})", 0, 1 - x["mean"], (1 - x["q3"], 1 - x["q1"])) for tag, x in by_gate(found)],
               "how much the model looks at the picture (1 - gate): mean, 25% to 75%", 0, 1)
+    if teacher is not None:
+        draw_bars(os.path.join(run, "gates_by_teacher.png"), [(f"the teacher's loss is {x['loss_from']:.2f} to {x['loss_to']:.2f} nats", 0, 1 - x["mean"], (1 - x["q3"], 1 - x["q1"]))
+                                                              for x in found["by_teacher_loss"]],
+                  "how much the model looks (1 - gate), by tenths of the tokens", 0, 1)
     return found
 
 
@@ -988,6 +996,8 @@ def main(argv=None):
         if args.caption is not None and not 0 <= args.caption < n_caption:
             raise InputError(f"--caption {args.caption}: the validation set has {n_caption} captions, counted from 0")
         teacher = load_teacher(args.teacher, data, device, model.config.block_size) if args.teacher else None
+        if not summary:
+            print(f"{run}: training has not ended (no summary.json); this is its best model so far")
         results, predictions, missing = benchmark(model, encoding, root_of(config), tasks, args.protocol)
         every[run] = results
         for line in missing:

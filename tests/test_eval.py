@@ -881,7 +881,11 @@ def test_a_teacher_tells_what_the_words_alone_cannot(few, tmp_path, capsys):
     model, teacher = random_model(few, 1), random_model(few, 2, n_image_token=0)
     run, blind = save_run(tmp_path / "a", few, model), save_run(tmp_path / "teacher", few, teacher)
     evaluation.main([run, "--tasks", "blimp", "--teacher", blind])
-    assert "the loss of the text-only teacher: rho" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "the loss of the text-only teacher: rho" in printed and f"{run}: training has not ended" in printed  # save_run leaves no summary
+    prepare_data.write_json(os.path.join(run, "summary.json"), {"minutes": 1.0})
+    evaluation.main([run, "--tasks", "blimp", "--teacher", blind])
+    assert "has not ended" not in capsys.readouterr().out
     with open(os.path.join(run, "gates.csv"), newline="") as f:
         rows = list(csv.DictReader(f))
     data = prepare_data.Data(str(few))
@@ -894,6 +898,11 @@ def test_a_teacher_tells_what_the_words_alone_cannot(few, tmp_path, capsys):
         assert mine and all(loss[k].item() == pytest.approx(x, abs=1e-4) for k, x in mine.items())
     expected = evaluation.spearman(np.array([1 - float(row["gate"]) for row in rows]), np.array([float(row["loss_teacher"]) for row in rows]))
     assert read(os.path.join(run, "gates.json"))["teacher_agrees"]["rho"] == pytest.approx(expected["rho"], abs=1e-6)
+    looks = np.array([1 - float(row["gate"]) for row in rows])[np.argsort([float(row["loss_teacher"]) for row in rows], kind="stable")]
+    tenths = read(os.path.join(run, "gates.json"))["by_teacher_loss"]
+    assert [x["n"] for x in tenths] == np.diff(np.arange(11) * len(rows) // 10).tolist()
+    assert [1 - x["mean"] for x in tenths] == pytest.approx([part.mean() for part in np.split(looks, np.cumsum([x["n"] for x in tenths])[:-1])], abs=1e-6)
+    assert all(a["loss_to"] <= b["loss_from"] for a, b in zip(tenths, tenths[1:])) and os.path.isfile(os.path.join(run, "gates_by_teacher.png"))
     with pytest.raises(InputError, match="has image tokens"):
         evaluation.main([run, "--tasks", "blimp", "--teacher", run])
     short = save_run(tmp_path / "short", few, random_model(few, 2, n_image_token=0, block_size=8))
