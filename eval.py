@@ -316,11 +316,11 @@ def benchmark(model, encoding, root, tasks=tuple(TASKS), protocol="2025", batch_
 
 def words_of(ids, encoding):
     """Token ids of a caption -> [(word, position of its first token, position after its last)]; a space or newline that is a token of its own
-    is the first token of the word after it. A gate is read where the model
-    predicts the word, and in a caption that starts after <eot> that is the same position."""
+    is the first token of the word after it. A gate is read where the model predicts the word, and in a caption that starts after <eot>
+    that is the same position."""
     words, letters = [], False  # letters: the previous piece can be continued
-    for position, token in enumerate(ids):
-        piece = encoding.decode_single_token_bytes(int(token)) if int(token) != encoding.eot_token else b""
+    for position, token in enumerate(np.asarray(ids).tolist()):
+        piece = encoding.decode_single_token_bytes(token) if token != encoding.eot_token else b""
         plain = all(c.isalnum() for c in piece.decode(errors="ignore").strip())  # part of a character counts as a letter
         if piece and (not letters or not plain or piece[:1].isspace()):
             words.append([piece, position, position + 1])
@@ -456,15 +456,19 @@ def load_teacher(run, data, device="cpu", block_size=0):
     return model
 
 
+def counted_norms(data):
+    """{word: {"log10_frequency": ...}} of the training captions, for want of a table of norms."""
+    counts = Counter()
+    for start, stop in zip(data.offset["train"][:-1], data.offset["train"][1:]):
+        counts.update(word.lower() for word, _, _ in words_of(data.tokens["train"][start:stop], data.encoding))
+    return {word: {"log10_frequency": math.log10(n)} for word, n in counts.items()}
+
+
 def gate_table(model, data, upos=None, norms=None, teacher=None):
     """Rows {column: value}, one per token of every held-out caption, and the names of the norms: the word and its class, its norms,
     its gate in every layer that looks and their mean, its loss in nats with and without the image, and a teacher's (gates.csv)."""
     ids, layers, rows = spread_ids(data, None, model.config.block_size), looking(model), []
-    if not norms:  # frequency, at least, can be counted
-        counts = Counter()
-        for start, stop in zip(data.offset["train"][:-1], data.offset["train"][1:]):
-            counts.update(word.lower() for word, _, _ in words_of(data.tokens["train"][start:stop], data.encoding))
-        norms = {word: {"log10_frequency": math.log10(n)} for word, n in counts.items()}
+    norms = norms or counted_norms(data)
     names = list(dict.fromkeys(name for row in norms.values() for name in row))
     losses, gates = caption_losses(model, data, ids)
     others = {"loss_no_image": caption_losses(model, data, ids, "none")[0]}
@@ -989,7 +993,7 @@ def main(argv=None):
         return show_checkpoints({run: config for run, (config, *_) in runs.items()}, root_of, tasks, args.protocol, device)
     upos = read_upos(args.upos) if args.upos else None
     norms = read_norms(args.norms) if args.norms else None
-    every, tables, year = {}, ({}, {}, {}), "" if args.protocol == "2025" else f"_{args.protocol}"
+    every, tables, counted, year = {}, ({}, {}, {}), {}, "" if args.protocol == "2025" else f"_{args.protocol}"
     for run, (config, summary, model, encoding) in runs.items():
         data = open_data(run, config)  # first: where data, teacher or --caption do not fit, nothing of this run is overwritten
         n_caption = len(data.image_row["val"])
@@ -1007,7 +1011,9 @@ def main(argv=None):
         write_json(os.path.join(run, f"results{year}.json"), results)
         write_json(os.path.join(run, f"predictions{year}.json"), predictions)
         draw_paradigms(run, results)
-        found = learn_gates(run, model, data, upos, norms, teacher)
+        if not norms and data.folder not in counted and looking(model):
+            counted[data.folder] = counted_norms(data)  # once for all runs on the same data
+        found = learn_gates(run, model, data, upos, norms or counted.get(data.folder), teacher)
         scores = {name: value for task, r in results.items() for name, value in ((task, r["mean"]), (f"{task} blind", r.get("mean_no_image")))}
         scores |= {"mean": float(np.mean([r["mean"] for r in results.values()])) if results else None}
         scores |= {"caption loss": summary.get("val_loss_caption"), "text loss": summary.get("val_loss_text"), "captured": summary.get("visual_information_captured"),
