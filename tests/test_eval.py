@@ -495,7 +495,7 @@ class Prefers:
             assert eot == self.eot
             for text, logit in self.prefer.get(key, []):
                 if text[:len(ids)] == ids and len(text) > len(ids):
-                    logits[*at, text[len(ids)]] = logit
+                    logits[(*at, text[len(ids)])] = logit
         return logits
 
 
