@@ -889,8 +889,13 @@ class CudaOnCpu(TorchFunctionMode):
     ("--device cuda --no-compile", "cuda:0", 0, 2), ("--device cuda --no-autocast", "cuda:0", 1, 0)])
 def test_device_autocast_and_compile(toy, tmp_path, monkeypatch, capsys, flags, device, compiled, low_precision):
     """On cuda the model is compiled once, and each of the 2 steps runs in bfloat16; the CPU gets neither."""
-    calls, autocast = [], torch.autocast
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    calls, autocast, pick_device = [], torch.autocast, train.pick_device
+
+    def pretending(*wanted):  # only while a device is picked: a torch built for CUDA would go on and ask the driver
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.cuda, "is_available", lambda: True)
+            return pick_device(*wanted)
+    monkeypatch.setattr(train, "pick_device", pretending)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *_: True)
     monkeypatch.setattr(torch.cuda, "set_device", lambda *_: None)
     monkeypatch.setattr(torch, "compile", lambda model: calls.append("compile") or model)
