@@ -475,13 +475,13 @@ def gate_table(model, data, upos=None, norms=None, teacher=None):
     if teacher is not None:
         others["loss_teacher"] = caption_losses(teacher, data, ids, "none")[0]
     for n, (i, loss, gate) in enumerate(zip(ids, losses, gates)):
-        tokens, mean = data.caption("val", i, len(loss)).tolist(), gate[layers].mean(axis=0, dtype=np.float64)  # (T,)
+        tokens, mean = data.caption("val", i, len(loss)), gate[layers].mean(axis=0, dtype=np.float64)  # (T,)
         for word, first, stop in words_of(tokens, data.encoding):
             word = word.lower()
             about = {"word": word, "class": word_class(word, upos), "tag": upos.get(word, "X") if upos else word_class(word),
                      **{name: norms.get(word, {}).get(name) for name in names}}
             for k in range(first, stop):
-                rows.append({"caption": int(i), "position": k, "token": data.encoding.decode([tokens[k]]), "starts_word": int(k == first),
+                rows.append({"caption": int(i), "position": k, "token": data.encoding.decode([int(tokens[k])]), "starts_word": int(k == first),
                              **about, **{f"gate_{layer}": float(gate[layer, k]) for layer in layers},
                              "gate": float(mean[k]), "loss": float(loss[k]), **{name: float(each[n][k]) for name, each in others.items()}})
     return rows, names
@@ -826,11 +826,12 @@ def learn_gates(run, model, data, upos, norms, teacher):
         csv.writer(f).writerows([rows[0], *(row.values() for row in rows)])  # a header, and every row in its order
     found = gate_report(rows, names, f"gate_{layers[-1]}")
     write_json(os.path.join(run, "gates.json"), found)
-    draw_bars(os.path.join(run, "gates_by_class.png"), [(f"{tag} ({x['n']:,})", 0, 1 - x["mean"], (1 - x["q3"], 1 - x["q1"])) for tag, x in by_gate(found)],
+    bar = lambda label, x: (label, 0, 1 - x["mean"], (1 - x["q3"], 1 - x["q1"]))
+    draw_bars(os.path.join(run, "gates_by_class.png"), [bar(f"{tag} ({x['n']:,})", x) for tag, x in by_gate(found)],
               "how much the model looks at the picture (1 - gate): mean, 25% to 75%", 0, 1)
     if teacher is not None:
-        draw_bars(os.path.join(run, "gates_by_teacher.png"), [(f"the teacher's loss is {x['loss_from']:.2f} to {x['loss_to']:.2f} nats", 0, 1 - x["mean"], (1 - x["q3"], 1 - x["q1"]))
-                                                              for x in found["by_teacher_loss"]],
+        draw_bars(os.path.join(run, "gates_by_teacher.png"),
+                  [bar(f"the teacher's loss is {x['loss_from']:.2f} to {x['loss_to']:.2f} nats", x) for x in found["by_teacher_loss"]],
                   "how much the model looks (1 - gate), by tenths of the tokens", 0, 1)
     return found
 
