@@ -516,19 +516,6 @@ class GateVLM(nn.Module):
     def n_parameter(self):
         return sum(p.numel() for p in self.parameters())  # a tied matrix counts once
 
-    def optimizers(self, lr, weight_decay, betas=(0.9, 0.999), muon=False):
-        """[AdamW], or [AdamW, Muon]: Muon takes the hidden matrices, AdamW the rest, gates among it. Matrices decay; biases, norms and the
-        contrastive temperature do not."""
-        linears = [(name, module) for name, module in self.named_modules() if isinstance(module, nn.Linear)]
-        hidden = [module.weight for name, module in linears if not name.endswith(("gate", "head"))] if muon else []
-        rest = [p for p in self.parameters() if p not in set(hidden)]
-        groups = [{"params": [p for p in rest if p.dim() >= 2], "weight_decay": weight_decay},
-                  {"params": [p for p in rest if p.dim() < 2], "weight_decay": 0.0}]
-        optimizers = [torch.optim.AdamW(groups, lr=lr, betas=betas, fused=rest[0].device.type in ("cuda", "cpu"))]
-        if muon:  # scaled so that one learning rate suits both
-            optimizers.append(torch.optim.Muon(hidden, lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"))
-        return optimizers
-
     def generate(self, idx, max_new_tokens, image=None, temperature=1.0, top_k=None, eot=None, use_cache=True):
         """Continue idx (B,T), or caption image (B,K,image_dim) when idx is <eot>: (B, T + new). temperature 0 takes the best
         token. Ends at max_new_tokens, at a full block, or when every row has produced eot (rows that end early repeat it)."""

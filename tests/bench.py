@@ -208,7 +208,7 @@ def train_steps(args, device):
     B, T, k = (1024 if device.type == "cuda" else 128), 14, 7
     config = GateVLMConfig(vocab_size=8192, dropout=0.1)
     model = GateVLM(config).to(device).train()
-    (optimizer,) = model.optimizers(1e-5, 0.01)
+    (optimizer,) = train.make_optimizers(model, train.TrainConfig())
     forward = compiled(model) if device.type == "cuda" else model
     idx, targets = torch.randint(8192, (2, B, T), device=device)
     image = torch.randn(B, 1, config.image_dim, device=device)
@@ -231,6 +231,19 @@ def train_steps(args, device):
     print(f"training steps: {model.n_parameter():,} parameters, {B} captions of {T} tokens, {k} kept: dense {dense:.2f} s, elided {elided:.2f} s, "
           f"elided with the dropped tokens visible {visible:.2f} s")
     return {"elided_step": elided / dense, "elided_cycle": (16 + 112 * elided / dense) / 128, "elided_step_visible": visible / dense}
+
+
+def muon_step(args, device):
+    """Seconds of an optimizer step of the toy preset (Muon and AdamW) against those of forward and backward, on captions of 15 tokens."""
+    values = train.PRESETS["toy"]
+    config = GateVLMConfig(**{f: v for f, v in values.items() if f in GateVLMConfig.__dataclass_fields__}, vocab_size=389)
+    model = GateVLM(config).to(device).train()
+    optimizers = train.make_optimizers(model, train.TrainConfig(optimizer="muon", lr=1e-5))
+    idx, targets = torch.randint(config.vocab_size, (2, values["batch_tokens"] // 15, 15), device=device)
+    image = torch.randn(len(idx), config.n_image_token, config.image_dim, device=device)
+    step, gradients = alternate([lambda: [x.step() for x in optimizers], lambda: model(idx, targets, image)[1].backward()], device, args.repeat)
+    print(f"muon_step: {1000 * step:.0f} ms beside {1000 * gradients:.0f} ms of forward and backward")
+    return {"muon_step": step / gradients}
 
 
 def utilisation(args, device):
@@ -305,7 +318,7 @@ def growth(args, device):
     return figures
 
 
-BENCHES = {"against_padding": against_padding, "against_bare": against_bare, "train_steps": train_steps, "batched_eval": batched_eval, "kv_cache": kv_cache}
+BENCHES = {"against_padding": against_padding, "against_bare": against_bare, "train_steps": train_steps, "muon_step": muon_step, "batched_eval": batched_eval, "kv_cache": kv_cache}
 SLOW = {"utilisation": utilisation, "peak_memory": peak_memory, "growth": growth}  # only when named
 
 
@@ -323,7 +336,8 @@ def main():
         if name not in BENCHES | SLOW:
             parser.error(f"{name}: expected some of {', '.join(BENCHES | SLOW)}")
     device = torch.device(args.device)
-    machine = torch.cuda.get_device_name() if device.type == "cuda" else f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+    machine = torch.cuda.get_device_name() if device.type == "cuda" else (
+        f"{platform.machine()} CPU with {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads")
     print(f"{machine}, torch {torch.__version__}, medians of {args.repeat}")
     torch.manual_seed(1)
     figures = {}

@@ -407,6 +407,74 @@ def test_learning_rate_without_warm_up_and_with_too_much_of_it():
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# optimizers
+
+MODELS = [dict(), dict(tie_weights=False, gate="soft-token"), dict(channel_attention=True, modulation="film"), dict(contrastive="clip"), dict(n_image_token=0)]
+
+
+def small_model(**variant):
+    torch.manual_seed(1)
+    return GateVLM(GateVLMConfig(**dict(vocab_size=32, block_size=8, n_layer=2, n_head=2, n_embd=32, n_image_layer=1, image_dim=8, n_image_token=4, dropout=0.0) | variant))
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize("variant", MODELS, ids=str)
+def test_every_parameter_has_one_optimizer_and_only_matrices_decay(variant, optimizer):
+    model = small_model(**variant)
+    optimizers = train.make_optimizers(model, TrainConfig(optimizer=optimizer, lr=0.5, weight_decay=0.1, beta2=0.8))
+    assert [type(x) for x in optimizers] == [torch.optim.AdamW, train.Muon][:1 + (optimizer == "muon")]
+    groups = [group for x in optimizers for group in x.param_groups]
+    decay = {id(p): group["weight_decay"] for group in groups for p in group["params"]}
+    assert sorted(id(p) for group in groups for p in group["params"]) == sorted(id(p) for p in model.parameters())
+    hidden = {id(p) for x in optimizers[1:] for p in x.param_groups[0]["params"]}
+    for name, p in model.named_parameters():
+        outside = any(part in name for part in ("embedding", "position", "head", "gate", "bias", "ln", "log_scale"))
+        assert (id(p) in hidden) == (optimizer == "muon" and not outside), name
+        vector = name.endswith("bias") or ".ln" in name or name.startswith("ln.") or name == "log_scale"
+        assert decay[id(p)] == (0.0 if vector else 0.1), name
+    assert all(group["lr"] == 0.5 for group in groups) and all(group["betas"] == (0.9, 0.8) for group in optimizers[0].param_groups)
+
+
+@pytest.mark.parametrize("shape", [(3, 16, 16), (2, 8, 48), (2, 48, 8), (1, 64, 32)])
+def test_orthogonal_turns_every_singular_value_into_about_one(shape):
+    """Against the exact polar factor U V^T: in the basis of U and V the result is diagonal, and its diagonal is within 0.6 to 1.3."""
+    torch.manual_seed(1)
+    U, _, Vh = torch.linalg.svd(torch.randn(shape, dtype=torch.float64), full_matrices=False)
+    r = min(shape[1:])
+    x = U @ torch.diag(torch.logspace(-2, 0, r, dtype=torch.float64)) @ Vh  # singular values from 0.01 to 1
+    diagonal = U.mT @ train.orthogonal(x.float()).double() @ Vh.mT
+    found = diagonal.diagonal(dim1=1, dim2=2)
+    assert 0.6 < found.min() and found.max() < 1.3
+    assert (diagonal - torch.diag_embed(found)).abs().max() < 1e-3
+    assert torch.equal(train.orthogonal(torch.zeros(shape)), torch.zeros(shape))  # no gradient, no step
+
+
+@pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="torch.optim.Muon came with torch 2.9")
+def test_muon_steps_as_torch_does():
+    """Ten steps of a small model beside torch.optim.Muon, which works in bfloat16 (8 bits): the ways gone agree to its rounding."""
+    ours, theirs = small_model(), small_model()
+    start = {name: p.clone() for name, p in ours.named_parameters()}
+    hidden = lambda model: [m.weight for name, m in model.named_modules() if isinstance(m, torch.nn.Linear) and not name.endswith(("gate", "head"))]
+    muon = train.Muon(hidden(ours), lr=0.01, weight_decay=0.1)
+    reference = torch.optim.Muon(hidden(theirs), lr=0.01, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
+    generator = torch.Generator().manual_seed(1)
+    for step in range(10):
+        for p, q in zip(ours.parameters(), theirs.parameters()):
+            p.grad = torch.randn(p.shape, generator=generator) if step % 3 or p.dim() != 2 else None  # a text step leaves some without
+            q.grad = None if p.grad is None else p.grad.clone()
+        for group in muon.param_groups + reference.param_groups:
+            group["lr"] = 0.01 * (10 - step)
+        muon.step()
+        reference.step()
+    moved = 0
+    for (name, p), q in zip(ours.named_parameters(), theirs.parameters()):
+        way = (q - start[name]).norm()
+        moved += way > 0
+        assert (p - q).norm() <= 0.03 * way, name
+    assert moved == len(muon.state) == len(hidden(ours)) > 10
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # a whole run
 
 def test_run_folder_holds_everything(finished, toy):
