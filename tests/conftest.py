@@ -8,18 +8,15 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models: threads cost more 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import prepare_data
 
-
 @pytest.fixture(scope="session")
 def toy(tmp_path_factory):
-    return prepare_data.main(["toy", "--n_image", "300", "--n_text", "200", "--out", str(tmp_path_factory.mktemp("data") / "toy")])
-
+    out = str(tmp_path_factory.mktemp("data") / "toy")
+    return prepare_data.main(["toy", "--n_image", "300", "--n_text", "200", "--out", out])
 
 @pytest.fixture(scope="session")
 def toy16(tmp_path_factory):
-    return prepare_data.main(["toy", "--n_image", "100", "--n_text", "100", "--n_image_token", "16",
-                              "--out", str(tmp_path_factory.mktemp("data") / "toy16")])
-
+    flags = ["--n_image", "100", "--n_text", "100", "--n_image_token", "16"]
+    return prepare_data.main(["toy", *flags, "--out", str(tmp_path_factory.mktemp("data") / "toy16")])
 
 def pytest_addoption(parser):
-    parser.addoption("--kills", type=int, default=8, help="how often test_faults.py kills a training run (60 takes some minutes)")
-    parser.addoption("--mutations", type=int, default=1, help="damaged files per file and kind of damage in test_faults.py")
+    parser.addoption("--kills", type=int, default=4, help="how often a training run is killed")
