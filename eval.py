@@ -97,6 +97,7 @@ def read_item(task, row, name):
         item["image"] = row["image_idx"], ("image_0", "image_1").index(row["image_key"])
     if task == "vqa":
         item["image"] = (row["idx_in_hf_dataset"],)
+    expect(all(type(i) is int and i >= 0 for i in item["image"] or ()), f"image {item['image']}")
     return item
 
 def read_task(root, task):
@@ -145,16 +146,17 @@ def accuracies(task, items, scores):
     """{name: percent right} of a task and its groups. The first option is right, and a tie is, too."""
     right, groups = 100.0 * np.array([np.argmax(x) == 0 for x in scores]), defaultdict(list)
     for item, x in zip(items, right):
-        groups[item["tag"] if task in VISION else item["uid"]].append(x)
+        groups[item["tag"] or "" if task in VISION else item["uid"]].append(x)
     groups = {f"{task}: {name}": float(np.mean(x)) for name, x in sorted(groups.items()) if name}
     result = {task: float(right.mean() if task in VISION else np.mean(list(groups.values())))} | groups
     if task == "winoground":  # an item stands twice, once per image, each time its own caption first
         of = {item["image"]: x for item, x in zip(items, scores)}
-        a, b = (np.array([of[i, key] for i, _ in of if (i, 0) in of and (i, 1) in of]) for key in (0, 1))
+        pairs = [i for i, key in of if key == 0 and (i, 1) in of]
+        a, b = (np.array([of[i, key] for i in pairs]).reshape(-1, 2) for key in (0, 1))
         text = (a[:, 0] > a[:, 1]) & (b[:, 0] > b[:, 1])
         image = (a[:, 0] > b[:, 1]) & (b[:, 0] > a[:, 1])
         for name, x in ("text", text), ("image", image), ("group", text & image):
-            result[f"{task}: {name} score"] = 100 * float(x.mean())
+            result |= {f"{task}: {name} score": 100 * float(x.mean())} if pairs else {}
     return result
 
 def benchmark(model, encoding, root, tasks=tuple(TASKS)):
@@ -206,8 +208,7 @@ def read_words(path):
     """{word: {norm: number, "upos": tag}} of a table with a header, first column the word. Columns of other
     texts are left out; what was taken is printed."""
     header, *rows = (row for row in read_rows(path) if row)
-    whole = all(len(row) == len(header) for row in rows)
-    expect(whole, f"{path}: expected a header 'word<TAB>concreteness...', as many columns in every row")
+    expect(all(len(row) == len(header) for row in rows), f"{path}: expected a header, rows of as many cells")
     table, taken = defaultdict(dict), {}
     for column, *cells in zip(header[1:], *(row[1:] for row in rows)):
         name = next((name for name, part in NORMS.items() if re.search(part, column.lower())), column)
@@ -218,7 +219,8 @@ def read_words(path):
             continue  # texts
         if taken.setdefault(name, column) == column:  # Conc.M, which stands before Conc.SD
             for row, cell in zip(rows, cells):
-                table[row[0].lower()] |= {} if cell is None else {name: cell}
+                if cell is not None:
+                    table[row[0].lower()].setdefault(name, cell)
     print(f"{path}: {len(table):,} words,", ", ".join(f"{name} = {column}" for name, column in taken.items()))
     report([column for column in header[1:] if column not in taken.values()], f"columns of {path}")
     return table
@@ -245,8 +247,8 @@ def word_table(model, data, words=None, teacher=None):
             row["tag"] = upos.get(word, "X") if upos else row["class"]
             row["gate"] = float(views["loss"][n][1][k])
             row |= {name: float(view[n][0][k]) for name, view in views.items()}
-            norms = words.get(word, {})
-            rows.append(row | {f"norm {name}": norms[name] for name in norms if name != "upos"})
+            norms = words.get(word, {}).items()
+            rows.append(row | {f"norm {name}": x for name, x in norms if name != "upos"})
     return rows
 
 # ---- statistics
@@ -325,7 +327,7 @@ def gate_report(rows):
 # ---- pictures
 INK, GRID, LOOKS = "#1e1e1e", "#e1e1e1", "#f58c28"
 COLORS = "#c85014", "#1e5ab4", "#288c46", "#823ca0", INK, INK
-font = ImageFont.load_default
+LOOKING, font = "how much each word looks at the picture (1 - gate)", ImageFont.load_default
 
 def new_canvas(width, height, title):
     canvas = Image.new("RGB", (width, height), "white")
@@ -343,7 +345,7 @@ def draw_gates(path, words, gates, picture=None, kept=None):
             x, y = left, y + 100
         boxes.append((x, y, x + width, y + 44))
         x += width + 8
-    canvas, draw = new_canvas(1020, max(y + 110, 320), "how much each word looks at the picture (1 - gate)")
+    canvas, draw = new_canvas(1020, max(y + 110, 320), LOOKING)
     if picture:
         sharp = Image.NEAREST if picture.width < 128 else Image.LANCZOS
         canvas.paste(ImageOps.contain(picture, (256, 256), sharp), (20, 44))
@@ -375,10 +377,10 @@ def draw_curves(path, series, title):
         draw.text((768, last), f"{label} {line[-1][1]:.3g}", color, font(14), anchor="lm")
     canvas.save(path)
 
-def draw_bars(path, rows, title):
-    """Horizontal bars: rows of label and length, 0 to 1."""
-    canvas, draw = new_canvas(1020, 70 + 22 * len(rows), title)
-    for y, (label, x) in zip(range(60, 10**6, 22), rows):
+def draw_bars(path, bars):
+    """Horizontal bars {label: length, 0 to 1}, the longest first."""
+    canvas, draw = new_canvas(1020, 70 + 22 * len(bars), LOOKING)
+    for y, (label, x) in zip(range(60, 10**6, 22), sorted(bars.items(), key=lambda bar: -bar[1])):
         draw.text((220, y), label, INK, font(14), anchor="rm")
         draw.rectangle((230, y - 7, 230 + 700 * x, y + 7), LOOKS, INK)
         draw.text((240 + 700 * x, y), f"{x:.2f}", INK, font(14), anchor="lm")
@@ -435,10 +437,9 @@ def evaluate(run, device, root="", tasks=tuple(TASKS), words=None, teacher=""):
     numbers |= load_checkpoint(path("last.pt"))["now"] | scores
     numbers["processed_ratio"] = numbers["tokens_processed"] / max(1, numbers["tokens_seen"])
     write_json(path("predictions.json"), predictions)
-    curves = {name: [] for name in ("loss_caption", "val_loss_caption", "loss_text", "val_loss_text")}
-    for line in read_log(folder):
-        for name in [name for name in curves if line.get(name) is not None]:
-            curves[name].append((line["step"], line[name]))
+    log, curves = read_log(folder), {}
+    for name in "loss_caption", "val_loss_caption", "loss_text", "val_loss_text":
+        curves[name] = [(line["step"], line[name]) for line in log if line.get(name) is not None]
     floors = {name: [(0, x), (numbers["step"], x)] for name, x in numbers.items() if name.startswith("floor")}
     draw_curves(path("loss.png"), curves | floors, "loss in nats per token")
     if model.gated and len(data.image_row["val"]):
@@ -450,9 +451,7 @@ def evaluate(run, device, root="", tasks=tuple(TASKS), words=None, teacher=""):
             table.writerows(rows)
         found, often = gate_report(rows)
         print(f"{run} looks most at {', '.join(often[:12])}; least at {', '.join(often[:-13:-1])}")
-        bars = sorted((x, name) for name, x in found.items() if name.startswith("gate of"))
-        bars = [(name, 1 - x) for x, name in bars]
-        draw_bars(path("gates_by_class.png"), bars, "how much it looks at the picture (1 - gate)")
+        draw_bars(path("gates_by_class.png"), {k: 1 - x for k, x in found.items() if k.startswith("gate of")})
         gate_picture(path("gates.png"), model, data)
         numbers |= found
     write_json(path("summary.json"), numbers)
@@ -493,7 +492,8 @@ def show_changes(runs):
         rows = [row for _, _, row in part]
         names = [name for name in row if name.startswith(("val_loss", *TASKS)) and row[name] is not None]
         curves = {name: [(row["step"], row[name]) for row in rows] for name in names if name in TASKS}
-        draw_curves(os.path.join(folder, "checkpoints.png"), curves, "accuracy in %")
+        if curves:
+            draw_curves(os.path.join(folder, "checkpoints.png"), curves, "accuracy in %")
         ends, found = [row for row in rows if row["ends_epoch"]], defaultdict(list)
         for a, b in zip(ends, ends[1:]):
             for name in names:
@@ -506,8 +506,7 @@ def caption_picture(run, model, path, prompt):
     """Caption a picture: print its words and their gates and draw them into caption.png."""
     meta, encoding, device = load_meta(run), load_tokenizer(run), next(model.parameters()).device
     expect(model.config.n_image_token, f"{run}: the model was trained without images")
-    given = f"{run}: what made its image features is not known; prepare_data.py babylm --encoder declares it"
-    expect(meta["encoder"] != "given", given)
+    expect(meta["encoder"] != "given", f"{run}: of an unknown encoder; prepare_data.py --encoder declares it")
     picture = open_picture(path)
     image = np.float32(make_encoder(meta["encoder"], model.config.n_image_token)([picture]))
     seen, block, eot = torch.from_numpy(image).to(device), model.config.block_size, encoding.eot_token
@@ -516,8 +515,9 @@ def caption_picture(run, model, path, prompt):
     _, (gate,) = read(model, idx[:, :-1].copy(), idx[:, 1:].copy(), image)
     words = [(word, float(gate[first])) for word, first, _ in words_of(idx[0, 1:], encoding)]
     print(encoding.decode(idx[0, 1:].tolist()).removesuffix("<|endoftext|>"))
-    print_table([{"word": word, "gate": gate} for word, gate in words])
-    draw_gates(os.path.join(run, "caption.png"), *zip(*words), picture)
+    if model.gated and words:
+        print_table([{"word": word, "gate": gate} for word, gate in words])
+        draw_gates(os.path.join(run, "caption.png"), *zip(*words), picture)
 
 FLAGS = [
     ("babylm_eval", "", "an evaluation_data/full_eval folder; empty = that of the data"),
@@ -532,7 +532,7 @@ FLAGS = [
 
 def main(argv=None):
     """Score runs or checkpoints and print a table of them; returns their {name: number}."""
-    p = argparse.ArgumentParser(description=__doc__.split("\n")[1], allow_abbrev=False)
+    p = argparse.ArgumentParser(usage="eval.py RUN [RUN ...] [--flag value] ...", allow_abbrev=False)
     p.add_argument("run", nargs="+", help="run folder of train.py, or a checkpoint in it")
     p.add_argument("--checkpoints", action="store_true", help="score what --keep_checkpoints kept of runs")
     for name, default, text in FLAGS:

@@ -79,13 +79,13 @@ def captions(scene):
 def entropies(all_scenes, length):
     """Exact floors in nats per caption, and its mean length; length(sentence) -> tokens. With the picture
     H(c|s) = -mean_s sum_c p(c|s) log p(c|s), without H(c) = -sum_c p(c) log p(c)."""
-    with_scene, total = 0.0, defaultdict(float)
+    seen, total = 0.0, defaultdict(float)
     for scene in all_scenes:
         for sentence, p in captions(scene).items():
-            with_scene -= p * math.log(p) / len(all_scenes)
+            seen -= p * math.log(p) / len(all_scenes)
             total[sentence] += p / len(all_scenes)
-    without = -sum(p * math.log(p) for p in total.values())
-    return with_scene, without, sum(p * length(sentence) for sentence, p in total.items())
+    blind = -sum(p * math.log(p) for p in total.values())
+    return seen, blind, sum(p * length(sentence) for sentence, p in total.items())
 
 def draw_scene(scene, rng):
     """A 64x64 picture. The larger offset, across or down, is the relation; places jitter."""
@@ -175,7 +175,8 @@ def toy_items(rng, n):
         say = lambda a, _, b: f"{an(a[0])} {a[1]} {a[2]} is {there} {an(b[0])} {b[1]} {b[2]}."
         for key, (own, other) in enumerate(((first, second), (second, first))):
             item = dict(caption_0=say(*own), caption_1=say(*other), image_idx=i, image_key=f"image_{key}")
-            items["winoground", "winoground"].append(item | {"tag": tag, "collapsed_tag": tag})
+            tags = dict.fromkeys(("tag", "secondary_tag", "collapsed_tag"), tag)
+            items["winoground", "winoground"].append(item | tags)
         views["winoground"].append([first, second])
 
         # VQA: the distractors are the other colors; in every other item the text has told the answer already
@@ -200,7 +201,7 @@ def train_bpe(texts, vocab_size):
         counts.update(word for word in re.findall(PATTERN, text) if len(word) <= 64)
     words = [[list(word.encode()), n] for word, n in sorted(counts.items())]  # [ids, how often]
     tokens = [bytes([i]) for i in range(256)]
-    pairs, where = Counter(), defaultdict(set)  # how often a pair occurs, and in which words
+    pairs, where = Counter(), defaultdict(set)  # of a pair: how often it occurs, in which words
     for w, (ids, n) in enumerate(words):
         for pair in zip(ids, ids[1:]):
             pairs[pair] += n
@@ -211,9 +212,9 @@ def train_bpe(texts, vocab_size):
     while heap and len(tokens) < vocab_size:
         negative, pair = heapq.heappop(heap)
         if -negative != pairs[pair] or negative == 0:
-            continue  # an old entry: the count has changed since
+            continue  # the count has changed since
         token = tokens[pair[0]] + tokens[pair[1]]
-        new = ranks.setdefault(token, len(tokens))  # two pairs can spell the same bytes: they share one id
+        new = ranks.setdefault(token, len(tokens))  # pairs that spell the same bytes share an id
         if new == len(tokens):
             tokens.append(token)
         changed = set()
@@ -239,7 +240,7 @@ def make_tokenizer(kind, texts, vocab_size):
     if kind == "gpt2":
         try:
             gpt2 = tiktoken.get_encoding("gpt2")
-        except Exception as error:  # whatever requests raises where there is no network
+        except Exception as error:  # of many classes where there is no network
             way = "go online once, set TIKTOKEN_CACHE_DIR to where it lies, or use --tokenizer bpe"
             raise InputError(f"no GPT-2 vocabulary: {way}") from error
         return gpt2._mergeable_ranks, {"pattern": gpt2._pat_str, "special": {EOT: gpt2.eot_token}}
@@ -272,7 +273,7 @@ def unpatch(features):
     return Image.fromarray((grid.reshape(n * 16, n * 16, 3) * 255).round().clip(0, 255).astype(np.uint8))
 
 def load_dinov2(name):
-    """DINOv2 (vits14: 384 numbers, vitb14: 768) from torch.hub, which downloads it once."""
+    """DINOv2 (vits14: 384 numbers, vitb14: 768) of torch.hub, downloaded once."""
     try:
         return torch.hub.load("facebookresearch/dinov2", name, verbose=False).eval()
     except Exception as error:  # of many classes where there is no network
@@ -290,7 +291,7 @@ def dinov2_features(model, pictures, n_image_token):
     return F.adaptive_avg_pool2d(grid, math.isqrt(n_image_token)).flatten(2).transpose(1, 2).numpy()
 
 def make_encoder(encoder, n_image_token):
-    """A function from PIL pictures to features (n, n_image_token, image_dim)."""
+    """A function: PIL pictures -> features (n, n_image_token, image_dim)."""
     allowed = (1, 16) if encoder == "pixels" else (1, 4, 16, 64, 256)
     expect(n_image_token in allowed, f"--encoder {encoder} makes {allowed} image tokens, not {n_image_token}")
     if encoder == "pixels":
@@ -303,16 +304,18 @@ def open_picture(path):
     try:
         with Image.open(path) as picture:
             picture.draft("RGB", (500, 500))  # a JPEG is decoded at about this size
-            if picture.mode.startswith("I"):  # 16 bits, which convert() would clip
-                picture = Image.fromarray((np.asarray(picture) >> 8).clip(0, 255).astype(np.uint8))
             picture = ImageOps.exif_transpose(picture)
+            if picture.mode.startswith("I"):  # 16 bits, which convert() would clip
+                clear = {k: v >> 8 for k, v in picture.info.items() if k == "transparency"}
+                picture = Image.fromarray((np.asarray(picture) >> 8).clip(0, 255).astype(np.uint8))
+                picture.info = clear
             if picture.has_transparency_data:
                 picture = picture.convert("RGBA")
                 picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
             return picture.convert("RGB").reduce(max(1, min(picture.size) // 500))
     except Exception as error:  # whatever its decoder raises
-        bomb, heic = isinstance(error, Image.DecompressionBombError), path.lower().endswith(("heic", "heif"))
-        way = "save a smaller copy" if bomb else "save it as JPEG" if heic else f"{error!s:.60}"
+        way = "save a smaller copy" if isinstance(error, Image.DecompressionBombError) else f"{error!s:.60}"
+        way = "save it as JPEG" if path.lower().endswith(("heic", "heif")) else way
         raise InputError(f"{path}: not a readable picture ({way})") from error
 
 # ---- readers. What cannot be used is counted and named
@@ -388,15 +391,15 @@ def load_npy(path, ndim=(2, 3)):
     """A .npy array of floats (n, image_dim) or (n, K, image_dim), mapped from disk, as the latter."""
     try:
         x = np.load(path, mmap_mode="r", allow_pickle=False)
-        floats = x.ndim in ndim and x.dtype.kind == "f" and 0 not in x.shape[1:]
+        floats = x.ndim in ndim and x.dtype.kind == "f" and x.shape[-1] > 0
     except Exception as error:  # numpy reads the header as Python, and raises whatever that does
         raise InputError(f"{path}: not a whole .npy file ({type(error).__name__})") from error
     expect(floats, f"{path}: expected floats (n, 768) or (n, K, 768), found {x.dtype} {x.shape}")
     return x if x.ndim > 2 else x[:, None]
 
 def read_given(files, others):
-    """Captions, keys (equal: one picture), splits, fetch of caption files {split: [path]} and of their states
-    (taken out of others). All is checked before anything is written."""
+    """Captions, keys (equal: one picture), splits, fetch of caption files {split: [path]} and their states,
+    which are taken out of others."""
     said, keys, splits, paths, starts = [], [], [], [], [0]
     files = [(path, split) for split, part in files.items() for path in part]
     for path, split in sorted(files, key=lambda x: -len(x[0])):  # cc_3M_x finds its states before cc_3M does
@@ -465,13 +468,12 @@ def read_photo_captions(path, skip=False):
             for image in table["images"]:
                 split = image["split"].replace("restval", "train")
                 found += [(image["filename"], sentence["raw"], split) for sentence in image["sentences"]]
-        bad = [f"one of {name}" for name, caption, _ in found if not caption.strip()]
+        bad = [f"one of {name}" for name, caption, _ in found if not (name.strip() and caption.strip())]
     except (KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{path}: neither COCO nor Karpathy ({error!r:.60})") from error
     report(bad, f"blank captions in {path}", skip)
     report([name for name, _, split in found if split == "test"], "captions of the test split")
     found = [row for row in found if row[1].strip() and row[2] != "test"]
-    expect(found, f"{path}: no captions in it")
     return [(name, check_text(f"{path}, {name!r}", caption), split) for name, caption, split in found]
 
 # ---- the writer, and the reader of what it wrote
@@ -502,8 +504,8 @@ def write_stream(path, texts, encoding, most=None):
     return lengths, cut
 
 def fill_folder(folder, args, text, captions, images, extra):
-    """Every file of a data folder; returns its meta. text: {split: function -> documents}; captions: {split:
-    ([caption], rows (n,), fetch)}, fetch(rows) -> (n,K,image_dim); images: encoder, K, image_dim."""
+    """Write text {split: function -> documents}, captions {split: ([caption], rows (n,), fetch)}, where
+    fetch(rows) -> (n,K,image_dim), images (encoder, K, image_dim); returns meta."""
     path, jobs, n_image, count = lambda name: os.path.join(folder, name), [], 0, {}
     meta = dict(zip(("encoder", "n_image_token", "image_dim"), images)) | {"made_from": vars(args)}
     texts = itertools.chain(captions["train"][0], text["train"]())
@@ -525,11 +527,11 @@ def fill_folder(folder, args, text, captions, images, extra):
         count |= {f"caption_{split}": len(said), f"caption_{split}_cut": cut, f"image_{split}": len(unique)}
         jobs += [(fetch, unique[i : i + 64]) for i in range(0, len(unique), 64)]
         n_image += len(unique)
-    nothing = f"{args.folder}: no text_only/train*/*.train, no image_caption/*_captions.json (osf.io/ad7qg)"
-    expect(count["text_train_tokens"] + count["caption_train"], nothing)
+    n = count["text_train_tokens"] + count["caption_train"]
+    expect(n, f"{args.folder}: no text_only/train*/*.train, no image_caption/*_captions.json")
     with open(path("image.npy"), "wb") as f:
-        shape = n_image, *images[1:]
-        np.lib.format.write_array_header_1_0(f, {"descr": "<f2", "fortran_order": False, "shape": shape})
+        header = {"descr": "<f2", "fortran_order": False, "shape": (n_image, *images[1:])}
+        np.lib.format.write_array_header_1_0(f, header)
         for fetch, rows in tqdm(jobs, desc="images", disable=None, leave=False):
             f.write(fetch(rows).astype("<f2").tobytes())
     meta |= {"count": count} | (extra(folder, encoding) if extra else {})
@@ -544,7 +546,7 @@ def check_free(path):
 def write_folder(out, args, source):
     """Write what a prepare_ function returns under another name, and rename it when it is whole."""
     part = f"{out}.part"
-    check_free(part)  # another process is at work, or one was killed
+    check_free(part)  # another process is at work, or was killed
     os.makedirs(part)
     try:
         meta = fill_folder(part, args, *source)
@@ -556,23 +558,22 @@ def write_folder(out, args, source):
 
 def load_meta(folder):
     """meta.json of a data folder or run folder."""
-    path = os.path.join(folder, "meta.json")
-    meta = read_json(path)
-    whole = isinstance(meta, dict) and {"encoder", "vocab_size", "tokenizer", "count", "sha256"} <= set(meta)
-    expect(whole, f"{path}: of another version; prepare the data again")
+    meta = read_json(path := os.path.join(folder, "meta.json"))
+    keys = {"encoder", "n_image_token", "image_dim", "tokenizer", "vocab_size", "count", "sha256"}
+    expect(isinstance(meta, dict) and keys <= set(meta), f"{path}: of another version; prepare it again")
     return meta
 
 def check_whole(folder, meta, name):
     """The path of a file that is as prepare_data.py wrote it, or InputError."""
     path = os.path.join(folder, name)
     whole = os.path.isfile(path) and sha256(path) == meta["sha256"].get(name)
-    expect(whole, f"{path}: missing or changed (its sha256 is another); prepare the data again")
+    expect(whole, f"{path}: missing or changed; prepare the data again")
     return path
 
 class Data:
     """A data folder, mapped into memory. Per split: text and captions, uint16 streams of texts that end with
-    <eot>; offset (n+1,), where captions begin; image_row (n,), their rows of image (N,K,image_dim). All files
-    are compared with their checksums (InputError), but image.npy, which can be many GB."""
+    <eot>; offset (n+1,), where captions begin; image_row (n,), their rows of image (N,K,image_dim).
+    InputError where a file differs from its checksum; image.npy can be too large to look."""
 
     def __init__(self, folder):
         self.folder, self.meta, self.encoding = folder, load_meta(folder), load_tokenizer(folder)
@@ -653,12 +654,11 @@ def prepare_toy(args):
     return text, captions_of, ("pixels", args.n_image_token, 768), extra
 
 def divide(said, keys, splits, fetch, share, args):
-    """{split: ([caption], rows (n,), fetch)}: as splits say, or with a random share of the pictures held out.
-    args.captions: a random sample of those to train on."""
+    """{split: ([caption], rows (n,), fetch)}: as splits say, or a random share of the pictures held out."""
     _, first, inverse = np.unique(np.array(keys, "S"), return_index=True, return_inverse=True)
     rows, held, rng = first[inverse], np.array(splits) == "val", np.random.default_rng(args.seed)
     if said and not held.any():
-        expect(len(first) > 1, "captions of one picture only; expected more, one of them to hold out")
+        expect(len(first) > 1, "captions of one picture only: none to hold out")
         held = np.isin(rows, rng.choice(np.sort(first), max(1, round(share * len(first))), replace=False))
     leak = ~held & np.isin(rows, rows[held])
     report([said[i] for i in np.flatnonzero(leak)], "training captions of held-out pictures")
@@ -668,8 +668,7 @@ def divide(said, keys, splits, fetch, share, args):
     return {split: ([said[i] for i in which], rows[which], fetch) for split, which in ids.items()}
 
 def split_text(args, files):
-    """{split: function -> documents} of {split: [path]}; without files to hold out every 100th document is.
-    args.words: a random sample of about so many words, a tenth as many to hold out."""
+    """{split: function -> documents} of {split: [path]}; of "train" alone every 100th is held out."""
     def sample(split, words):
         share = words / max(1, sum(len(d.split()) for d in documents(files[split]))) if words else 1
         taken = lambda document: zlib.crc32(document.encode(), args.seed) < share * 2**32
@@ -693,7 +692,7 @@ def prepare_babylm(args):
     expect(not missing, f"{args.folder}: there is no {', '.join(sorted(missing))}_captions.json")
     captions = divide(*read_given(files, found["other", ""]), 0.01, args)
     report([os.path.relpath(p, args.folder) for p in found["other", ""]], "other files")
-    said, _, fetch = captions["train"]
+    said, _, fetch = captions["val"]
     shape = fetch([0]).shape[1:] if said else (0, 1)
     return split_text(args, text), captions, (args.encoder or "given", *shape), None
 
@@ -708,7 +707,7 @@ def prepare_photos(args):
             bad.append(str(error))
     report(bad, "pictures that cannot be read", args.skip)
     found = [row for row in found if row[0] in keys]
-    expect(found, f"{captions_file}: no picture that can be read")
+    expect(found, f"{captions_file}: no caption of a picture that can be read")
     names, said, splits = zip(*found)
     paths = [os.path.abspath(os.path.join(args.folder, name)) for name in names]
     encode = make_encoder(encoder := args.encoder or "pixels", args.n_image_token)
@@ -725,7 +724,7 @@ FLAGS = [  # name, default, help
     ("vocab_size", 8192, "bpe: ids at most, 256 bytes and <eot> among them"),
     ("n_image", 40000, "toy: training pictures, one caption each; a tenth as many are held out"),
     ("n_text", 5000, "toy: training documents; a tenth as many are held out"),
-    ("words", 0, "babylm: words in a random sample of text; 0 = all"),
+    ("words", 0, "babylm: words in a random sample of text, a tenth as many to hold out; 0 = all"),
     ("captions", 0, "random sample of training captions; 0 = all"),
     ("caption_sets", "", "babylm: caption files, such as local_narr,cc_3m; empty = all"),
     ("captions_file", "", "photos: empty = captions.txt in the folder"),
@@ -735,8 +734,8 @@ CHOICES = {"tokenizer": ("bpe", "gpt2"), "encoder": ("pixels", "dinov2_vits14", 
 
 def main(argv=None):
     """Prepare a data folder; returns its path. On wrong input: InputError, and no folder is left."""
-    usage, epilog = __doc__.splitlines()[1].split(": ")[1], f"captions of photos: {FORMATS}"
-    p = argparse.ArgumentParser(usage=usage, allow_abbrev=False, epilog=epilog)
+    usage = "prepare_data.py [toy | babylm DIR | photos DIR] [--flag value] ..."
+    p = argparse.ArgumentParser(usage=usage, allow_abbrev=False, epilog=f"captions of photos: {FORMATS}")
     p.add_argument("source", nargs="?", default="toy", choices=("toy", "babylm", "photos"))
     p.add_argument("folder", nargs="?", default="")
     for name, default, text in FLAGS:
@@ -750,8 +749,7 @@ def main(argv=None):
     out = os.path.normpath(args.out or os.path.join("data", name))
     check_free(out)  # before gigabytes are read
     prepare = {"toy": prepare_toy, "babylm": prepare_babylm, "photos": prepare_photos}[args.source]
-    c = write_folder(out, args, prepare(args))["count"]
-    for name, n in c.items():
+    for name, n in write_folder(out, args, prepare(args))["count"].items():
         print(f"{out}: {n:,} {name}")
     return out
 
