@@ -485,7 +485,7 @@ def sha256(path):
     return digest.hexdigest()
 
 def write_json(path, value):
-    """Under another name, then renamed: a crash leaves the old file or the new one."""
+    """First under another name: a crash leaves the old file or the new one."""
     with open(f"{path}.part", "w", encoding="utf-8") as f:
         json.dump(value, f, indent=1, ensure_ascii=False)
     os.replace(f"{path}.part", path)
