@@ -22,19 +22,15 @@ from gatevlm import InputError, expect, load_checkpoint, load_model, pick_device
 from prepare_data import Data, check_text, load_meta, load_npy, load_tokenizer, make_encoder, open_picture
 from prepare_data import read_json, read_lines, read_rows, report, unpatch, write_json
 
-TASKS = {  # what guessing gets in %, and the fields of an item: group, context, options
-    "blimp": (50.0, "UID", "", ["sentence_good", "sentence_bad"]),
-    "supplement": (50.0, "", "", ["sentence_good", "sentence_bad"]),
-    "ewok": (50.0, "Domain", "Context1", ["Target1", "Target2"]),
-    "winoground": (50.0, "", "", ["caption_0", "caption_1"]),
-    "vqa": (12.5, "", "question", ["target_ans", "distractors"]),
-}
-VISION = ("winoground", "vqa")
+# the fields of an item: its group (if none, the name of its file), context, right option, wrong one or ones
+SIGHT = dict(winoground=("", "", "caption_0", "caption_1"), vqa=("", "question", "target_ans", "distractors"))
+TASKS = dict(blimp=("UID", "", "sentence_good", "sentence_bad"))
+TASKS |= dict(supplement=("", "", "sentence_good", "sentence_bad"))
+TASKS |= dict(ewok=("Domain", "Context1", "Target1", "Target2")) | SIGHT
 CLASSES = {tag: "function" for tag in "ADP AUX CCONJ DET PART PRON SCONJ".split()}
 CLASSES |= {tag: "content" for tag in "ADJ ADV NOUN NUM PROPN VERB".split()}
-FUNCTION_WORDS = """a an the this that these those some any no all of in on at by for with from to into over
-    under near and or but if so not 's i you he she it we they me him her us them my your his its our who what
-    their there is are was were be been am do does did have has had will would can could should may""".split()
+FUNCTION_WORDS = """a an the this that these some no all of in on at by for with from to into and or but if
+    not 's i you he she it we they me him her my his its who what there is are was be do has have""".split()
 
 # ---- losses
 def length_batches(length, batch_tokens):
@@ -87,10 +83,10 @@ def validate(model, data, most=math.inf, views=("image",)):
 # ---- benchmarks, scored as officially: by the probability of an option after <eot> and context
 def read_item(task, row, name):
     """A line of a benchmark -> uid, context, options, image (index into the states, or None), tag."""
-    _, group, context, options = TASKS[task]
-    item = {"uid": row[group] if group else name, "tag": row.get("collapsed_tag"), "image": None}
+    group, context, right, wrong = TASKS[task]
+    item = {"uid": row[group] if group else name, "tag": row.get("collapsed_tag") or "", "image": None}
     item["context"] = row[context] if context else ""
-    item["options"] = [row[options[0]], *(row[options[1]] if task == "vqa" else [row[options[1]]])]
+    item["options"] = [row[right], *row[wrong]] if task == "vqa" else [row[right], row[wrong]]
     for text in (item["uid"], item["context"] or "none", *item["options"]):
         check_text("text", text)
     if task == "winoground":
@@ -110,9 +106,9 @@ def read_task(root, task):
                     items.append(read_item(task, json.loads(line), os.path.basename(file)[: -len(".jsonl")]))
             except (ValueError, KeyError, TypeError, AttributeError) as error:
                 raise InputError(f"{file}, line {number}: not an item of {task} ({error!r:.80})") from error
-    if task not in VISION or not os.path.isfile(path):
+    if task not in SIGHT or not os.path.isfile(path):
         return items, None
-    states = load_npy(path, ndim=(2, 3, 4))
+    states = load_npy(path, ndim=(2, 3, 4))  # winoground: (n, 2, K, image_dim), vqa: (n, K, image_dim)
     n = 1 + max((item["image"][0] for item in items), default=-1)
     expect(n <= len(states), f"{path}: {len(states)} rows, the items ask for {n}")
     return items, states
@@ -126,7 +122,7 @@ def score(model, items, encoding, states=None, batch_tokens=4096):
         for option in item["options"]:
             ids = encoding.encode_ordinary(item["context"] + " " * bool(before) + option)
             sizes = [len(encoding.decode_single_token_bytes(i)) for i in ids] if before else []
-            first = np.searchsorted(np.cumsum(sizes), before, side="right")  # ends in the option: scored
+            first = np.searchsorted(np.cumsum(sizes), before, side="right")  # a token that ends in the option
             cut = max(0, len(ids) - block)
             texts.append((n, [encoding.eot_token, *ids][cut:], max(0, first - cut), cut))
     length, total = np.array([len(ids) - 1 for _, ids, _, _ in texts]), np.zeros(len(texts))
@@ -146,9 +142,9 @@ def accuracies(task, items, scores):
     """{name: percent right} of a task and its groups. The first option is right, and a tie is, too."""
     right, groups = 100.0 * np.array([np.argmax(x) == 0 for x in scores]), defaultdict(list)
     for item, x in zip(items, right):
-        groups[item["tag"] or "" if task in VISION else item["uid"]].append(x)
+        groups[item["tag" if task in SIGHT else "uid"]].append(x)
     groups = {f"{task}: {name}": float(np.mean(x)) for name, x in sorted(groups.items()) if name}
-    result = {task: float(right.mean() if task in VISION else np.mean(list(groups.values())))} | groups
+    result = {task: float(right.mean() if task in SIGHT else np.mean(list(groups.values())))} | groups
     if task == "winoground":  # an item stands twice, once per image, each time its own caption first
         of = {item["image"]: x for item, x in zip(items, scores)}
         pairs = [i for i, key in of if key == 0 and (i, 1) in of]
@@ -165,7 +161,7 @@ def benchmark(model, encoding, root, tasks=tuple(TASKS)):
     results, predictions = {}, {}
     for task in tasks:
         items, states = read_task(root, task)
-        looks = task in VISION and model.config.n_image_token > 0
+        looks = task in SIGHT and model.config.n_image_token > 0
         if not items or looks and states is None:
             print(f"{task}: left out, no {root}/{task}{'_states.npy' if items else '_filtered/*.jsonl'}")
             continue
@@ -173,7 +169,7 @@ def benchmark(model, encoding, root, tasks=tuple(TASKS)):
         results |= accuracies(task, items, scores)
         ties = sum(int((x == x.max()).sum() > 1) for x in scores)
         print(f"{task}: {len(items):,} items, {ties} ties, {n_cut} texts cut to their end to fit the block")
-        if task in VISION:
+        if task in SIGHT:
             blind = score(model, items, encoding)[0] if looks else scores
             results |= {f"{name} blind": x for name, x in accuracies(task, items, blind).items()}
         chosen = predictions[task] = {}
@@ -199,10 +195,9 @@ def words_of(ids, encoding):
 def word_class(word, upos):
     """"function", "content" or "other", by a table {word: part of speech}, or else by FUNCTION_WORDS."""
     guess = "function" if word in FUNCTION_WORDS else "content" if any(map(str.isalpha, word)) else "other"
-    return CLASSES.get(upos.get(word), "other") if upos else guess
+    return CLASSES.get(upos.get(word, "").upper(), "other") if upos else guess
 
-NORMS = dict(concreteness="conc", frequency="freq|subtlex|zipf", imageability="imag", familiarity="famil")
-NORMS |= dict(age_of_acquisition="aoa|acqui", upos="upos")  # by what is in the name of a column
+NORMS = dict(concreteness="conc", frequency="freq|subtlex|zipf", upos="upos")  # what columns are called
 
 def read_words(path):
     """{word: {norm: number, "upos": tag}} of a table with a header, first column the word. Columns of other
@@ -225,10 +220,14 @@ def read_words(path):
     report([column for column in header[1:] if column not in taken.values()], f"columns of {path}")
     return table
 
-def counted(data):
-    """{word: {"frequency": log10 of its count}} of the training captions, for want of a table of norms."""
-    words = Counter(word.lower() for word, *_ in words_of(data.captions["train"], data.encoding))
-    return {word: {"frequency": math.log10(n)} for word, n in words.items()}
+def counted(data, words):
+    """words {word: norms}; if no row has a frequency, with log10 of counts in the training captions."""
+    if any("frequency" in row for row in words.values()):
+        return words
+    count, offset, captions = Counter(), data.offset["train"], data.captions["train"]
+    for start, stop in zip(offset, offset[1:]):
+        count.update(word.lower() for word, *_ in words_of(captions[start:stop], data.encoding))
+    return words | {word: words.get(word, {}) | {"frequency": math.log10(n)} for word, n in count.items()}
 
 def word_table(model, data, words=None, teacher=None):
     """A row per word of the held-out captions (gates.csv): class, norms, gate, losses in nats with the image,
@@ -239,8 +238,9 @@ def word_table(model, data, words=None, teacher=None):
     views["loss_no_image"] = caption_losses(model, data, "val", ids, "none")
     if teacher:
         views["loss_teacher"] = caption_losses(teacher, data, "val", ids, "none")
+    block = min(m.config.block_size for m in (model, teacher or model))
     for n in ids:
-        _, (targets,), _ = data.batch("C", "val", ids[n : n + 1], model.config.block_size)
+        _, (targets,), _ = data.batch("C", "val", ids[n : n + 1], block)
         for word, k, _ in words_of(targets, data.encoding):
             word = word.lower()
             row = {"caption": int(n), "position": k, "word": word, "class": word_class(word, upos)}
@@ -263,26 +263,24 @@ def spearman(x, y):
     return float(np.corrcoef(ranks(x), ranks(y))[0, 1]) if varies else None
 
 def kruskal_wallis(groups):
-    """Do groups [(n_i,)] differ in rank? H, corrected for ties, its p by chi-squared; None: no variance."""
+    """Do groups [(n_i,)] differ in rank? H, which grows with n, corrected for ties; None: no variance."""
     x, df = np.concatenate([*groups, []]), len(groups) - 1
     n, ties = len(x), np.unique(x, return_counts=True)[1].astype(float)
     varies = 1 - (ties**3 - ties).sum() / max(1, n**3 - n)
     if df < 1 or varies == 0:
-        return None, None
+        return None
     parts = np.split(ranks(x), np.cumsum([len(group) for group in groups])[:-1])
     H = (12 / (n * (n + 1)) * sum(part.sum() ** 2 / len(part) for part in parts) - 3 * (n + 1)) / varies
-    return float(H), torch.special.gammaincc(*torch.tensor([df / 2, H / 2], dtype=torch.float64)).item()
+    return float(H)
 
 def regression(columns, y):
-    """R2 and {name: (coefficient, standard error)} of least squares of y (n,) on columns {name: (n,)}."""
+    """R2 and coefficients {name: b} of least squares of y (n,) on columns {name: (n,)}."""
     X = np.stack([np.ones(len(y)), *columns.values()], axis=1)
     coef, _, rank, _ = np.linalg.lstsq(X, y, rcond=None)
     if rank < X.shape[1] or len(y) <= rank or np.ptp(y) == 0:
         return None, {}  # no unique answer
-    residual = ((y - X @ coef) ** 2).sum()
-    se = np.sqrt(np.diag(np.linalg.inv(X.T @ X)) * residual / (len(y) - rank))
-    r2 = float(1 - residual / ((y - y.mean()) ** 2).sum())
-    return r2, dict(zip(["intercept", *columns], zip(coef.tolist(), se.tolist())))
+    r2 = float(1 - ((y - X @ coef) ** 2).sum() / ((y - y.mean()) ** 2).sum())
+    return r2, dict(zip(["intercept", *columns], coef.tolist()))
 
 def gate_report(rows):
     """What the gate learned, of word_table: {name: number} with its mean per class and part of speech,
@@ -292,8 +290,7 @@ def gate_report(rows):
     by = {name: {v: gate[column(name) == v] for v in sorted({*column(name)})} for name in ("class", "tag")}
     found = {f"gate of {v}": x.mean() for groups in by.values() for v, x in groups.items()}
     known = [x for tag, x in by["tag"].items() if tag not in ("X", "other")]
-    # every occurrence counts as independent, which it is not: p is far too small, H grows with the captions
-    (found["H"], found["H p"]), found["gate sd"] = kruskal_wallis(known), gate.std()
+    found |= {"H": kruskal_wallis(known), "gate sd": gate.std()}
 
     # from here on a word is one observation, however often it occurs
     _, first, which, n = np.unique(column("word"), return_index=True, return_inverse=True, return_counts=True)
@@ -311,23 +308,23 @@ def gate_report(rows):
     picks = [pick for k in range(1, len(x) + 1) for pick in itertools.combinations(x, k)]
     terms = {" x ".join(pick): np.prod([x[name] for name in pick], axis=0) for pick in picks}
     found["R2"], fit = regression(terms, y)
-    for name, (b, se) in fit.items():
-        found |= {f"b {name}": b, f"b {name}, se": se}
+    found |= {f"b {name}": b for name, b in fit.items()}
     for name in x if fit else ():  # the share of variance that it and its interactions alone explain
         less, _ = regression({term: v for term, v in terms.items() if name not in term.split(" x ")}, y)
-        found[f"R2 lost without {name}"] = found["R2"] - (less or 0.0)
+        found[f"R2 lost without {name}"] = found["R2"] - less
 
     # the two papers: does the gate look where the image saves loss, and where a teacher cannot predict?
     found["rho loss saved"] = spearman(1 - gate, column("loss_no_image") - column("loss"))
     if "loss_teacher" in rows[0]:
         found["rho teacher"] = spearman(1 - gate, column("loss_teacher"))
     often = sorted((word["gate"], word["word"]) for word in words if word["n"] >= 5)
-    return {k: x and float(x) for k, x in found.items()}, [word for _, word in often if word.isalpha()]
+    found = {k: None if x is None else float(x) for k, x in found.items()}
+    return found, [word for _, word in often if word.isalpha()]
 
 # ---- pictures
 INK, GRID, LOOKS = "#1e1e1e", "#e1e1e1", "#f58c28"
 COLORS = "#c85014", "#1e5ab4", "#288c46", "#823ca0", INK, INK
-LOOKING, font = "how much each word looks at the picture (1 - gate)", ImageFont.load_default
+font = ImageFont.load_default
 
 def new_canvas(width, height, title):
     canvas = Image.new("RGB", (width, height), "white")
@@ -345,7 +342,7 @@ def draw_gates(path, words, gates, picture=None, kept=None):
             x, y = left, y + 100
         boxes.append((x, y, x + width, y + 44))
         x += width + 8
-    canvas, draw = new_canvas(1020, max(y + 110, 320), LOOKING)
+    canvas, draw = new_canvas(1020, max(y + 110, 320), "how much each word looks at the picture (1 - gate)")
     if picture:
         sharp = Image.NEAREST if picture.width < 128 else Image.LANCZOS
         canvas.paste(ImageOps.contain(picture, (256, 256), sharp), (20, 44))
@@ -358,12 +355,12 @@ def draw_gates(path, words, gates, picture=None, kept=None):
             draw.line((x, low, right, y), INK, 3)
     canvas.save(path)
 
-def draw_curves(path, series, title):
-    """Lines {label: [(step, y)]}. The highest 5% of losses, the first steps, are cut."""
+def draw_curves(path, series):
+    """Losses {label: [(step, y)]}. The highest 5%, those of the first steps, are cut."""
     series = {label: line for label, line in series.items() if line}
     x, y = np.array([point for line in series.values() for point in line]).T
-    x0, x1, y0, y1 = x.min(), x.max(), y.min(), np.quantile(y, 0.95 if "loss" in title else 1) + 1e-9
-    canvas, draw = new_canvas(1000, 480, title)
+    x0, x1, y0, y1 = x.min(), x.max(), y.min(), np.quantile(y, 0.95) + 1e-9
+    canvas, draw = new_canvas(1000, 480, "loss in nats per token")
     px = lambda x, y: (70 + 690 * (x - x0) / max(1, x1 - x0), 430 - 370 * (min(y, y1) - y0) / (y1 - y0))
     for i in range(6):
         x, y = x0 + (x1 - x0) * i / 5, y0 + (y1 - y0) * i / 5
@@ -377,28 +374,16 @@ def draw_curves(path, series, title):
         draw.text((768, last), f"{label} {line[-1][1]:.3g}", color, font(14), anchor="lm")
     canvas.save(path)
 
-def draw_bars(path, bars):
-    """Horizontal bars {label: length, 0 to 1}, the longest first."""
-    canvas, draw = new_canvas(1020, 70 + 22 * len(bars), LOOKING)
-    for y, (label, x) in zip(range(60, 10**6, 22), sorted(bars.items(), key=lambda bar: -bar[1])):
-        draw.text((220, y), label, INK, font(14), anchor="rm")
-        draw.rectangle((230, y - 7, 230 + 700 * x, y + 7), LOOKS, INK)
-        draw.text((240 + 700 * x, y), f"{x:.2f}", INK, font(14), anchor="lm")
-    canvas.save(path)
-
 def gate_picture(path, model, data, caption=None, split="val", keep=None):
     """Draw the gates of a caption, for None the longest of a hundred; keep: positions that elision runs."""
     block, names = model.config.block_size, data.meta.get("pictures")
-    length = data.lengths(split, block)[:100]
-    if not model.gated or not len(length):
-        return
-    ids = np.array([np.argmax(length) if caption is None else caption])
-    ((_, gate),), (row,) = caption_losses(model, data, split, ids), data.image_row[split][ids]
+    ids = np.array([np.argmax(data.lengths(split, block)[:100]) if caption is None else caption])
+    ((_, gate),), row = caption_losses(model, data, split, ids), data.image_row[split][ids[0]]
     words = words_of(data.batch("C", split, ids, block)[1][0], data.encoding)
     picture = unpatch(data.image[row]) if data.meta["encoder"] == "pixels" else None
     if names and os.path.isfile(names[row]):
         picture = open_picture(names[row])
-    kept = keep and [bool({*range(first, stop)} & {*keep}) for _, first, stop in words]
+    kept = None if keep is None else [bool({*range(first, stop)} & {*keep}) for _, first, stop in words]
     draw_gates(path, [word for word, *_ in words], [gate[first] for _, first, _ in words], picture, kept)
 
 # ---- what a run knows
@@ -414,17 +399,22 @@ def read_log(out):
     with open(os.path.join(out, "log.jsonl"), encoding="utf-8") as f:
         return [json.loads(line) for line in f if line.endswith("\n")]
 
-def evaluate(run, device, root="", tasks=tuple(TASKS), words=None, teacher=""):
+def evaluate(run, device, root="", tasks=tuple(TASKS), words=None, teacher="", data=""):
     """All that a run knows: its config and {name: number}. Writes summary.json, predictions.json, gates.csv,
-    pictures into its folder. Of a checkpoint in a run folder: losses and benchmarks."""
-    folder = run if os.path.isdir(run) else os.path.dirname(os.path.dirname(run))
-    path, config = lambda name: os.path.join(folder, name), read_json(os.path.join(folder, "config.json"))
+    pictures into its folder. Of a checkpoint in it: losses and benchmarks. Without its data: benchmarks."""
+    folder = run if os.path.isdir(run) else os.path.dirname(run).removesuffix(f"{os.sep}checkpoints")
+    path = lambda name: os.path.join(folder, name)
+    config = read_json(path("config.json"))
     model = load_model(folder, "best.pt" if folder == run else os.path.relpath(run, folder), device)
-    data = Data(config["train"]["data"])
+    data = data or config["train"]["data"]
+    root = root or os.path.join(data, "evaluation_data", "full_eval")
+    scores, predictions = benchmark(model, load_tokenizer(folder), root, tasks)
+    if not os.path.isdir(data):
+        print(f"{run}: benchmarks only, {data} is not there (--data says where it is now)")
+        return config, scores
+    data = Data(data)
     same = load_meta(folder)["sha256"] == data.meta["sha256"]
     expect(same, f"{data.folder}: not the data that {folder} was trained on")
-    root = root or os.path.join(data.folder, "evaluation_data", "full_eval")
-    scores, predictions = benchmark(model, data.encoding, root, tasks)
     if folder != run:
         return config, load_checkpoint(run)["now"] | validate(model, data, 50000) | scores
     others = ("none", "other")[: len(np.unique(data.image_row["val"]))]  # a single picture has no other
@@ -441,17 +431,18 @@ def evaluate(run, device, root="", tasks=tuple(TASKS), words=None, teacher=""):
     for name in "loss_caption", "val_loss_caption", "loss_text", "val_loss_text":
         curves[name] = [(line["step"], line[name]) for line in log if line.get(name) is not None]
     floors = {name: [(0, x), (numbers["step"], x)] for name, x in numbers.items() if name.startswith("floor")}
-    draw_curves(path("loss.png"), curves | floors, "loss in nats per token")
+    draw_curves(path("loss.png"), curves | floors)
     if model.gated and len(data.image_row["val"]):
         judge = load_teacher(teacher, data, device) if teacher else None
-        rows = word_table(model, data, words or counted(data), judge)
+        rows = word_table(model, data, counted(data, words or {}), judge)
         with open(path("gates.csv"), "w", encoding="utf-8", newline="") as f:
             table = csv.DictWriter(f, dict.fromkeys(name for row in rows for name in row))
             table.writeheader()
             table.writerows(rows)
         found, often = gate_report(rows)
         print(f"{run} looks most at {', '.join(often[:12])}; least at {', '.join(often[:-13:-1])}")
-        draw_bars(path("gates_by_class.png"), {k: 1 - x for k, x in found.items() if k.startswith("gate of")})
+        classes = {name[8:]: x for name, x in found.items() if name.startswith("gate of ")}
+        draw_gates(path("gates_by_class.png"), classes.keys(), classes.values())
         gate_picture(path("gates.png"), model, data)
         numbers |= found
     write_json(path("summary.json"), numbers)
@@ -485,48 +476,56 @@ def fold_seeds(runs):
         yield row
 
 def show_changes(runs):
-    """Of checkpoints: curves, and how their numbers change over an epoch of each kind (stability, §6)."""
+    """How numbers change over an epoch of each kind, from checkpoint to checkpoint (stability, §6)."""
     moves = []
-    for folder, part in itertools.groupby(runs, lambda run: os.path.dirname(os.path.dirname(run[0]))):
-        (_, config, row), *_ = part = list(part)
-        rows = [row for _, _, row in part]
-        names = [name for name in row if name.startswith(("val_loss", *TASKS)) and row[name] is not None]
-        curves = {name: [(row["step"], row[name]) for row in rows] for name in names if name in TASKS}
-        if curves:
-            draw_curves(os.path.join(folder, "checkpoints.png"), curves, "accuracy in %")
-        ends, found = [row for row in rows if row["ends_epoch"]], defaultdict(list)
+    for folder, part in itertools.groupby(runs, lambda run: os.path.dirname(run[0])):
+        (_, config, _), *_ = part = list(part)
+        ends, found = [row for _, _, row in part if row.get("ends_epoch")], defaultdict(list)
         for a, b in zip(ends, ends[1:]):
-            for name in names:
-                found[f"{name}, change in {b['kind']}"].append(b[name] - a[name])
+            for name in b:
+                if name.startswith(("val_loss", *TASKS)) and b[name] is not None:
+                    found[f"{name}, change in {b['kind']}"].append(b[name] - a[name])
         moves.append((folder, config, {name: float(np.mean(x)) for name, x in found.items()}))
     print_table([*fold_seeds(moves)])
 
 # ---- command line
-def caption_picture(run, model, path, prompt):
-    """Caption a picture: print its words and their gates and draw them into caption.png."""
-    meta, encoding, device = load_meta(run), load_tokenizer(run), next(model.parameters()).device
-    expect(model.config.n_image_token, f"{run}: the model was trained without images")
-    expect(meta["encoder"] != "given", f"{run}: of an unknown encoder; prepare_data.py --encoder declares it")
-    picture = open_picture(path)
-    image = np.float32(make_encoder(meta["encoder"], model.config.n_image_token)([picture]))
-    seen, block, eot = torch.from_numpy(image).to(device), model.config.block_size, encoding.eot_token
-    idx = torch.tensor([[eot, *encoding.encode_ordinary(prompt)]], device=device)
-    idx = model.generate(idx, block, seen, temperature=0, eot=eot).cpu().numpy()
-    _, (gate,) = read(model, idx[:, :-1].copy(), idx[:, 1:].copy(), image)
-    words = [(word, float(gate[first])) for word, first, _ in words_of(idx[0, 1:], encoding)]
-    print(encoding.decode(idx[0, 1:].tolist()).removesuffix("<|endoftext|>"))
-    if model.gated and words:
+def write(run, model, args):
+    """Print texts that go on from a prompt or, of a picture, captions; of the first caption also words and
+    gates, which are drawn into caption.png."""
+    encoding, n, block, image = load_tokenizer(run), max(1, args.n_sample), model.config.block_size, None
+    encoder, device = load_meta(run)["encoder"], next(model.parameters()).device
+    if args.image:
+        expect(model.config.n_image_token, f"{run}: the model was trained without images")
+        expect(encoder != "given", f"{run}: of an unknown image encoder; see prepare_data.py --encoder")
+        picture = open_picture(args.image)
+        features = np.float32(make_encoder(encoder, model.config.n_image_token)([picture]))
+        image = torch.from_numpy(features).to(device).expand(n, -1, -1)
+    torch.manual_seed(args.seed)
+    idx = torch.tensor([[encoding.eot_token, *encoding.encode_ordinary(args.prompt)]] * n, device=device)
+    expect(idx.size(1) <= block, f"--prompt: {idx.size(1)} tokens do not fit the block of {block}")
+    idx = model.generate(idx, block, image, args.temperature, args.top_k, encoding.eot_token).cpu().numpy()
+    for row in idx[:, 1:].tolist():
+        print(encoding.decode(row).split("<|endoftext|>")[0])
+    words = words_of(idx[0, 1:], encoding)
+    if args.image and model.gated and words:
+        _, (gate,) = read(model, idx[:1, :-1], idx[:1, 1:], features)
+        words = [(word, float(gate[first])) for word, first, _ in words]
         print_table([{"word": word, "gate": gate} for word, gate in words])
         draw_gates(os.path.join(run, "caption.png"), *zip(*words), picture)
 
 FLAGS = [
     ("babylm_eval", "", "an evaluation_data/full_eval folder; empty = that of the data"),
     ("tasks", ",".join(TASKS), "benchmarks by comma"),
+    ("data", "", "where the data of the run are now"),
     ("norms", "", "table of word norms; its first column is the word"),
     ("upos", "", "table of parts of speech: columns word and upos"),
-    ("teacher", "", "a run with --no-images: does the gate look where that is at a loss?"),
+    ("teacher", "", "a text-only run: does the gate look where that is at a loss?"),
     ("image", "", "caption this picture instead"),
-    ("prompt", "", "how that caption begins"),
+    ("prompt", "", "go on from this text instead, or begin the caption with it"),
+    ("n_sample", 0, "texts or captions to write; without a prompt they begin at <eot>"),
+    ("temperature", 0.0, "of sampling; 0 takes the best token"),
+    ("top_k", 0, "sample from the best so many tokens; 0 = all"),
+    ("seed", 1, "of sampling"),
     ("device", "auto", "cpu, cuda, mps, or auto for the best there is"),
 ]
 
@@ -534,25 +533,26 @@ def main(argv=None):
     """Score runs or checkpoints and print a table of them; returns their {name: number}."""
     p = argparse.ArgumentParser(usage="eval.py RUN [RUN ...] [--flag value] ...", allow_abbrev=False)
     p.add_argument("run", nargs="+", help="run folder of train.py, or a checkpoint in it")
-    p.add_argument("--checkpoints", action="store_true", help="score what --keep_checkpoints kept of runs")
     for name, default, text in FLAGS:
-        p.add_argument(f"--{name}", default=default, help=f"{text} (default: {default or 'empty'})")
+        text += f" (default: {default!r})"
+        p.add_argument(f"--{name}", type=type(default), default=default, help=text)
     args = p.parse_args(argv)
     device, tasks, words = pick_device(args.device), args.tasks.split(","), {}
     expect(set(tasks) <= set(TASKS), f"--tasks {args.tasks}: expected some of {', '.join(TASKS)}")
-    if args.image:
-        return caption_picture(args.run[0], load_model(args.run[0], device=device), args.image, args.prompt)
+    expect(os.path.isdir(args.babylm_eval or "."), f"--babylm_eval {args.babylm_eval}: no such folder")
+    if args.image or args.prompt or args.n_sample:
+        return [write(run, load_model(run, device=device), args) for run in args.run]
     for path in filter(None, (args.norms, args.upos)):
-        words = {word: words.get(word, {}) | row for word, row in (words | read_words(path)).items()}
-    names = [os.path.normpath(run) for run in args.run]
-    if args.checkpoints:
-        names = [path for run in names for path in sorted(glob.glob(f"{glob.escape(run)}/checkpoints/*.pt"))]
-    found = [run for run in names if os.path.isfile(run) or os.path.isfile(f"{run}/last.pt")]
-    report(sorted({*names} - {*found}), "folders without a run")
-    expect(found, "nothing to score: expected runs of train.py; --checkpoints: of --keep_checkpoints")
-    runs = [(run, *evaluate(run, device, args.babylm_eval, tasks, words, args.teacher)) for run in found]
+        for word, row in read_words(path).items():
+            words.setdefault(word, {}).update(row)
+    names = [*dict.fromkeys(map(os.path.normpath, args.run))]
+    found = [run for run in names if os.path.isfile(run) or os.path.isfile(f"{run}/best.pt")]
+    report([run for run in names if run not in found], "folders without a run")
+    expect(found, "nothing to score: expected run folders of train.py")
+    more = args.babylm_eval, tasks, words, args.teacher, args.data
+    runs = [(run, *evaluate(run, device, *more)) for run in found]
     print_table([*fold_seeds(runs)])
-    if os.path.isfile(found[0]):
+    if any(map(os.path.isfile, found)):
         show_changes(runs)
     return {run: numbers for run, _, numbers in runs}
 

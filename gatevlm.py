@@ -5,8 +5,8 @@ gatevlm: a small decoder that looks at a picture, and learns for every word how 
   ReGATE           (arXiv 2507.21420): run only the tokens that are still hard to predict
 
 From top to bottom: configuration; attention, modulation, gate, Look with the first paper's equation; blocks,
-image encoder; contrastive losses; the model; token elision, the second paper; save, load, wrong input.
-Shapes: B batch, T text positions, K image tokens, D width, V vocabulary, k positions kept by token elision.
+image encoder; contrastive losses; the model; token elision, the second paper; save, load, expect, check.
+B batch, T text positions, K image tokens, D width, V vocabulary, nh heads of size hs, k positions kept.
 """
 import math
 import os
@@ -36,12 +36,12 @@ class GateVLMConfig:
     dropout: float = option(0.1, "share of activations zeroed in training")
     tie_weights: bool = option(True, "one matrix for token embedding and output head")
     gate: str = option("soft-feature", "how text and image mix; none adds the image to the text", GATES)
-    modulation: str = option("none", "x*(1+gamma)+beta or x*(1+sigmoid(c))", ("none", "film", "dyintra"))
-    modulate_at: str = option("cross", "modulates what was seen, text or image", ("cross", "text", "image"))
+    modulation: str = option("none", "x*(1+gamma)+beta, x*(1+sigmoid(gamma))", ("none", "film", "dyintra"))
+    modulate_at: str = option("cross", "of what was seen, the text or the image", ("cross", "text", "image"))
     channel_attention: bool = option(False, "squeeze-and-excitation over the image features")
-    image_encoder: str = option("transformer", "features -> image tokens", ("transformer", "mlp", "none"))
+    image_encoder: str = option("transformer", "none: a linear map", ("transformer", "mlp", "none"))
     n_image_layer: int = option(5, "layers of the transformer image encoder")
-    n_image_token: int = option(1, "1: one vector per picture, more: patches, 0: a model without eyes")
+    n_image_token: int = option(1, "1: one vector per picture, more: patches; --no-images makes it 0")
     image_dim: int = option(768, "numbers per image token; train.py takes it from the data", least=1)
     contrastive: str = option("none", "extra loss that aligns text and image", ("none", "clip", "lcg"))
     contrastive_weight: float = option(1.0, "its weight; the paper tries 1.0 and 0.3")
@@ -130,7 +130,7 @@ class Look(nn.Module):
         if self.place == "cross":
             seen = self.modulate(seen, pooled)
         if self.gate is None:
-            return self.drop(seen), h.new_ones(h.shape[:2])
+            return self.drop(seen), h.new_ones(h.shape[:2])  # in place of a gate
         g = self.gate(text, seen)
         fused = g * text + (1 - g) * seen  # the paper: h_fused = g * h_text + (1 - g) * h_crossAttn
         return self.ln_fused(self.drop(fused)), g.mean(dim=-1)
@@ -160,7 +160,7 @@ class Block(nn.Module):
 
     def forward(self, h, image=None, context=None, mask=None):
         x = self.ln1(h)
-        context = x if context is None else self.ln1(context)  # the whole text, where h is the kept tokens
+        context = x if context is None else self.ln1(context)  # the whole text, where h is its kept tokens
         h = h + self.drop(self.attn(x, context, causal=self.causal and mask is None, mask=mask))
         gate = h.new_ones(h.shape[:2])  # a layer that does not look is all language
         if image is not None and self.look is not None:
@@ -244,7 +244,7 @@ class GateVLM(nn.Module):
             nn.init.normal_(module.weight, std=(3 * module.weight.size(1)) ** -0.5)
         if isinstance(module, nn.Linear) and module.bias is not None:
             nn.init.zeros_(module.bias)
-        if isinstance(module, Block):  # the residual stream sums 2 * n_layer of these, as in GPT-2
+        if isinstance(module, Block):  # as in GPT-2, where the residual stream sums 2 * n_layer of these
             module.attn.proj.weight.data /= math.sqrt(2 * self.config.n_layer)
             module.mlp[2].weight.data /= math.sqrt(2 * self.config.n_layer)
         if isinstance(module, ImageEncoder):  # about the scale of the projected features beside it
@@ -260,7 +260,7 @@ class GateVLM(nn.Module):
         Token elision runs only the positions keep (B,k), ascending: every T above is then k. The others are
         gone or, if visible, still attended to as they were embedded. InputError for what does not fit."""
         c, T = self.config, idx.size(1)
-        expect(T <= c.block_size, f"a text of {T} tokens does not fit block_size {c.block_size}")
+        expect(T <= c.block_size, f"the text does not fit block_size {c.block_size}")  # no T: torch.compile
         shape = len(idx), c.n_image_token, c.image_dim
         expect(image is None or c.n_image_token and image.shape == shape, f"the model takes images {shape}")
         position = torch.arange(T, device=idx.device)
@@ -339,12 +339,12 @@ class Elision(nn.Module):
         self.register_buffer("average", torch.zeros(n_token))
         self.register_buffer("count", torch.zeros(n_token, dtype=torch.int32))
         teacher = torch.zeros(n_token) if teacher is None else teacher.float()
-        self.register_buffer("teacher", teacher, persistent=False)
+        self.register_buffer("teacher", teacher)
 
-    def is_dense(self, step):
-        """Does this caption step run every token? After a warm-up each cycle begins with dense steps."""
+    def is_dense(self, n):
+        """Does caption step n run every token? After a warm-up each cycle begins with dense steps."""
         c = self.config
-        return step < c.elide_warmup or (step - c.elide_warmup) % c.elide_cycle < c.elide_dense
+        return n < c.elide_warmup or (n - c.elide_warmup) % c.elide_cycle < c.elide_dense
 
     def score(self, place):
         c, teacher, n = self.config, self.teacher[place], self.count[place]
@@ -354,12 +354,12 @@ class Elision(nn.Module):
             return teacher
         m = self.average[place] / (1 - c.elide_beta ** n).clamp(min=1e-9)  # corrected for its start at 0
         if c.elide == "ema":  # tokens that were never run come first, in an order as good as random: a hash
-            return torch.where(n > 0, m, 1000 + place * 40503 % 65536 / 65536)
+            return torch.where(n > 0, m, 1000 + (place % 65521) ** 2 * 40503 % 65521 / 65521)
         return torch.where(n > 0, m, teacher) + c.elide_lambda * teacher
 
     def choose(self, place, real, k):
         """place (B,T) of the targets in the stream, real (B,T) -> positions to keep (B,k), ascending.
-        Position t is kept for its target t+1; padding comes last of all."""
+        Position t is kept for what it predicts, targets[:, t]; padding comes last of all."""
         return self.score(place).masked_fill(~real, -math.inf).topk(k, dim=1).indices.sort(dim=1).values
 
     def update(self, place, losses):
@@ -396,7 +396,7 @@ def save_checkpoint(path, **parts):
         raise InputError(f"{path}: cannot be written ({error!s:.80}); the last save is whole") from error
 
 def load_checkpoint(path):
-    """weights_only: a file from a stranger can hold numbers, never code. Its zip format has checksums."""
+    """{"model": ..., "model_config": ..., "now": ...}. weights_only: a stranger's file cannot hold code."""
     expect(os.path.isfile(path), f"{path}: no such checkpoint; train one with train.py")
     try:
         with zipfile.ZipFile(path) as parts:

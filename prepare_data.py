@@ -179,7 +179,7 @@ def toy_items(rng, n):
             items["winoground", "winoground"].append(item | tags)
         views["winoground"].append([first, second])
 
-        # VQA: the distractors are the other colors; in every other item the text has told the answer already
+        # VQA: the distractors are the other colors; in every other item the text tells the answer
         asked, tag = f"the {shape} is {color}. what color is the {shape}?", "text decides"
         if i % 2:
             asked, tag = f"what color is the {size} {shape}?", "image decides"
@@ -235,14 +235,18 @@ def train_bpe(texts, vocab_size):
             heapq.heappush(heap, (-pairs[p], p))
     return ranks
 
+def online(load, *names, way):
+    """What load downloads once; where there is no network InputError says a way around."""
+    try:
+        return load(*names)
+    except Exception as error:  # of many classes
+        raise InputError(f"no {names[-1]}: go online once, {way}") from error
+
 def make_tokenizer(kind, texts, vocab_size):
     """Ranks and entry of meta.json of a BPE trained on texts, or of GPT-2's, which tiktoken downloads."""
     if kind == "gpt2":
-        try:
-            gpt2 = tiktoken.get_encoding("gpt2")
-        except Exception as error:  # of many classes where there is no network
-            way = "go online once, set TIKTOKEN_CACHE_DIR to where it lies, or use --tokenizer bpe"
-            raise InputError(f"no GPT-2 vocabulary: {way}") from error
+        way = "set TIKTOKEN_CACHE_DIR to where it lies, or use --tokenizer bpe"
+        gpt2 = online(tiktoken.get_encoding, "gpt2", way=way)
         return gpt2._mergeable_ranks, {"pattern": gpt2._pat_str, "special": {EOT: gpt2.eot_token}}
     ranks = train_bpe(texts, vocab_size - 1)
     return ranks, {"pattern": PATTERN, "special": {EOT: len(ranks)}}
@@ -272,13 +276,6 @@ def unpatch(features):
     grid = np.asarray(features, np.float32).reshape(n, n, 16, 16, 3).transpose(0, 2, 1, 3, 4)
     return Image.fromarray((grid.reshape(n * 16, n * 16, 3) * 255).round().clip(0, 255).astype(np.uint8))
 
-def load_dinov2(name):
-    """DINOv2 (vits14: 384 numbers, vitb14: 768) of torch.hub, downloaded once."""
-    try:
-        return torch.hub.load("facebookresearch/dinov2", name, verbose=False).eval()
-    except Exception as error:  # of many classes where there is no network
-        raise InputError(f"no {name}: go online once (torch.hub keeps it) or use --encoder pixels") from error
-
 @torch.no_grad()
 def dinov2_features(model, pictures, n_image_token):
     """PIL pictures -> CLS tokens (n, 1, D), or patch tokens averaged to a square grid (n, K, D)."""
@@ -296,7 +293,7 @@ def make_encoder(encoder, n_image_token):
     expect(n_image_token in allowed, f"--encoder {encoder} makes {allowed} image tokens, not {n_image_token}")
     if encoder == "pixels":
         return lambda pictures: np.stack([patches(p, n_image_token) for p in pictures])
-    model = load_dinov2(encoder)
+    model = online(torch.hub.load, "facebookresearch/dinov2", encoder, way="or use --encoder pixels").eval()
     return lambda pictures: dinov2_features(model, pictures, n_image_token)
 
 def open_picture(path):
@@ -320,14 +317,14 @@ def open_picture(path):
 
 # ---- readers. What cannot be used is counted and named
 def report(bad, what, skip=True):
-    """Count and name what is left out; InputError where skip does not allow that."""
+    """Count and name what is left out; InputError without skip."""
     if bad:
         names = f"{len(bad):,} {what}: {', '.join(bad[:3])}{', ...' * (len(bad) > 3)}"
         expect(skip, f"{names}; --skip leaves them out")
         print(f"left out: {names}")
 
 def check_text(where, text):
-    """Text without white space around; InputError for a blank, for what is not UTF-8, half a character."""
+    """Text without white space around; InputError for a blank and what is not UTF-8 (a lone surrogate)."""
     whole = isinstance(text, str) and text.strip() and not re.search("[\ud800-\udfff]", text)
     expect(whole, f"{where}: expected text in UTF-8, found {text!r:.40}")
     return text.strip()
@@ -343,16 +340,12 @@ def read_lines(path, most=1 << 20):
             yield number, line
             number += line.endswith("\n")
 
-LINES, LONGEST = 8, 50_000  # lines of a document, characters of a line
+LINES, LONGEST = 8, 50_000  # lines of a document, characters of a line: text may have no line ends
 def documents(paths):
-    """Yield documents: LINES lines, fewer before a blank line or where lines are long. Text without line ends
-    is cut at spaces."""
+    """Yield documents: LINES lines, fewer before a blank line or where lines are long."""
     for path in paths:
-        lines, rest = [], ""
-        for _, line in itertools.chain(read_lines(path, LONGEST), [(0, "\n")] * 2):
-            line, rest = rest + line, ""
-            if len(line) >= LONGEST and not line.endswith("\n") and " " in line:
-                line, _, rest = line.rpartition(" ")
+        lines = []
+        for _, line in itertools.chain(read_lines(path, LONGEST), [(0, "\n")]):
             if line.strip():
                 lines.append(line.rstrip("\n"))
             full = len(lines) == LINES or not line.strip() or sum(map(len, lines)) > LONGEST / 2
@@ -361,13 +354,13 @@ def documents(paths):
                 lines = []
 
 def find_files(root):
-    """{(kind, split): [path]} of a BabyLM folder, however deep: text in .train, .dev, .txt files of train* or
-    dev* folders, captions in *_captions.json, the rest as ("other", "")."""
+    """{(kind, split): [path]} of a BabyLM folder, however deep: text in .train and .dev files, .txt files of a
+    train, dev or val folder (train_10M), captions in *_captions.json, the rest as ("other", "")."""
     found, homes = defaultdict(list), {}
-    for folder, _, names in sorted(os.walk(root)):
+    for folder, _, names in sorted(os.walk(root, followlinks=True)):
         parts = os.path.relpath(folder, root).lower().split(os.sep)
-        at = next((i for i, part in enumerate(parts) if re.match("train|dev|val|.*_dev$", part)), None)
-        split = "" if at is None else "train" if parts[at].startswith("train") else "val"
+        at = [i for i, part in enumerate(parts) if re.search("(^|_)(train|dev|val|validation)(_|$)", part)]
+        split = "" if not at else "train" if "train" in parts[at[-1]] else "val"
         for name in sorted(names):
             stem, end = os.path.splitext(name.lower())
             key = "other", ""
@@ -375,7 +368,7 @@ def find_files(root):
                 key = "captions", split or "train"
             elif end in (".train", ".dev") or end == ".txt" and split:
                 key = "text", split or {".train": "train", ".dev": "val"}[end]
-                home = "/".join(parts if at is None else parts[: at + 1])
+                home = "/".join(parts[: at[-1] + 1] if at else parts)
                 expect(homes.setdefault(key, home) == home, f"{root}: text in {homes[key]} and in {home}")
             found[key].append(os.path.join(folder, name))
     return found
@@ -433,8 +426,7 @@ def read_given(files, others):
 
 FORMATS = """picture<TAB>caption (Flickr8k: picture#0<TAB>caption), tables with a header and tabs, commas or |
 (Kaggle's captions.txt, Flickr30k's results.csv), COCO captions JSON, Karpathy's dataset_*.json"""
-PICTURE = "image", "image_name", "file_name", "filename", "picture"
-CAPTION = "caption", "comment", "text", "sentence"
+HEADS = "image image_name file_name filename picture".split(), "caption comment text sentence".split()
 
 def read_rows(path, formats="a table with tabs, commas or |"):
     """Rows of a table, their cells stripped; InputError where path holds none of formats."""
@@ -443,7 +435,8 @@ def read_rows(path, formats="a table with tabs, commas or |"):
     expect(mark, f"{path}: expected {' '.join(formats.split())}")
     quoting = csv.QUOTE_MINIMAL if mark == "," else csv.QUOTE_NONE
     try:
-        return [[cell.strip() for cell in row] for row in csv.reader(lines, delimiter=mark, quoting=quoting)]
+        rows = csv.reader(lines, delimiter=mark, quoting=quoting, strict=True)
+        return [[cell.strip() for cell in row] for row in rows]
     except csv.Error as error:
         raise InputError(f"{path}: {error}") from error
 
@@ -453,7 +446,7 @@ def read_photo_captions(path, skip=False):
     try:
         if start not in ("{", "["):
             rows = read_rows(path, FORMATS)
-            heads = [[i for i, x in enumerate(rows[0]) if x.lower() in names] for names in (PICTURE, CAPTION)]
+            heads = [[i for i, x in enumerate(rows[0]) if x.lower() in names] for names in HEADS]
             (picture, *_), (caption, *_) = heads if all(heads) else ([0], [1])
             n = len(rows[0]) if all(heads) else 2
             for number, row in enumerate(rows, 1):
@@ -466,8 +459,9 @@ def read_photo_captions(path, skip=False):
             found = [(name[a["image_id"]], a["caption"], "") for a in table["annotations"]]
         else:  # Karpathy
             for image in table["images"]:
-                split = image["split"].replace("restval", "train")
-                found += [(image["filename"], sentence["raw"], split) for sentence in image["sentences"]]
+                split = dict(train="train", restval="train", val="val", test="test")[image["split"]]
+                name = os.path.join(image.get("filepath", ""), image["filename"])
+                found += [(name, sentence["raw"], split) for sentence in image["sentences"]]
         bad = [f"one of {name}" for name, caption, _ in found if not (name.strip() and caption.strip())]
     except (KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{path}: neither COCO nor Karpathy ({error!r:.60})") from error
@@ -528,7 +522,7 @@ def fill_folder(folder, args, text, captions, images, extra):
         jobs += [(fetch, unique[i : i + 64]) for i in range(0, len(unique), 64)]
         n_image += len(unique)
     n = count["text_train_tokens"] + count["caption_train"]
-    expect(n, f"{args.folder}: no text_only/train*/*.train, no image_caption/*_captions.json")
+    expect(n, f"{args.folder}: nothing to train on, such as text_only/train*/*.train")
     with open(path("image.npy"), "wb") as f:
         header = {"descr": "<f2", "fortran_order": False, "shape": (n_image, *images[1:])}
         np.lib.format.write_array_header_1_0(f, header)
@@ -544,14 +538,13 @@ def check_free(path):
     expect(not os.path.exists(path), f"{path} exists: remove it, or write elsewhere with --out")
 
 def write_folder(out, args, source):
-    """Write what a prepare_ function returns under another name, and rename it when it is whole."""
+    """Write what a prepare_ function returns; only a whole folder gets its name out."""
     part = f"{out}.part"
     check_free(part)  # another process is at work, or was killed
     os.makedirs(part)
     try:
         meta = fill_folder(part, args, *source)
-        check_free(out)
-        os.rename(part, out)
+        os.rename(part, out)  # fails where out is by now
     finally:
         shutil.rmtree(part, ignore_errors=True)
     return meta
@@ -573,7 +566,7 @@ def check_whole(folder, meta, name):
 class Data:
     """A data folder, mapped into memory. Per split: text and captions, uint16 streams of texts that end with
     <eot>; offset (n+1,), where captions begin; image_row (n,), their rows of image (N,K,image_dim).
-    InputError where a file differs from its checksum; image.npy can be too large to look."""
+    Every file but image.npy is checked against its checksum (InputError)."""
 
     def __init__(self, folder):
         self.folder, self.meta, self.encoding = folder, load_meta(folder), load_tokenizer(folder)
@@ -721,14 +714,14 @@ FLAGS = [  # name, default, help
     ("seed", 1, "of every random choice"),
     ("n_image_token", 1, "toy, photos: vectors per picture; 16 = a 4x4 grid of patches"),
     ("tokenizer", "bpe", "a byte-level BPE of this data, or gpt2's 50,257 ids"),
-    ("vocab_size", 8192, "bpe: ids at most, 256 bytes and <eot> among them"),
+    ("vocab_size", 8192, "ids of bpe at most, 256 bytes and <eot> among them"),
     ("n_image", 40000, "toy: training pictures, one caption each; a tenth as many are held out"),
     ("n_text", 5000, "toy: training documents; a tenth as many are held out"),
     ("words", 0, "babylm: words in a random sample of text, a tenth as many to hold out; 0 = all"),
-    ("captions", 0, "random sample of training captions; 0 = all"),
+    ("captions", 0, "babylm, photos: random sample of training captions; 0 = all"),
     ("caption_sets", "", "babylm: caption files, such as local_narr,cc_3m; empty = all"),
     ("captions_file", "", "photos: empty = captions.txt in the folder"),
-    ("encoder", "", "photos: what makes features (empty = pixels); babylm: what made the states"),
+    ("encoder", "", "photos, babylm: what makes features (empty = pixels), or what made the given states"),
 ]
 CHOICES = {"tokenizer": ("bpe", "gpt2"), "encoder": ("pixels", "dinov2_vits14", "dinov2_vitb14")}
 
@@ -743,8 +736,12 @@ def main(argv=None):
         p.add_argument(f"--{name}", type=type(default), default=default, choices=CHOICES.get(name), help=text)
     p.add_argument("--skip", action="store_true", help="photos: leave out what cannot be read, and count it")
     args = p.parse_args(argv)
-    expect(args.seed >= 0 and args.vocab_size > 256, "expected --seed >= 0, --vocab_size >= 257")
-    expect(args.source == "toy" or os.path.isdir(args.folder), f"{args.source}: no folder {args.folder!r}")
+    for name, default, text in FLAGS:
+        value, fits = getattr(args, name), ":" not in text or args.source in text.split(":")[0]
+        expect(fits or value == default, f"--{name} {value}: not for {args.source}")
+        expect(type(value) is str or value >= 0, f"--{name} {value}: expected 0 or more")
+    expect(args.vocab_size > 256, f"--vocab_size {args.vocab_size}: expected 257 or more")
+    expect(os.path.isdir(args.folder) or args.source == "toy", f"{args.source}: no folder {args.folder!r}")
     name = "toy16" if args.source == "toy" and args.n_image_token == 16 else args.source
     out = os.path.normpath(args.out or os.path.join("data", name))
     check_free(out)  # before gigabytes are read

@@ -1,25 +1,27 @@
 """
-Train a gated vision-language model: python train.py [--preset toy|patches|laptop|small|paper] [--flag value]
+Train a gated vision-language model: python train.py [--preset NAME] [--flag value] ...
 
 From top to bottom: configuration and presets, flags, order of data, optimizers, the loop, main.
-A run folder holds config.json, log.jsonl, last.pt (--resume goes on from it), best.pt (lowest validation
-loss), summary.json, pictures, and the tokenizer and meta.json of its data.
+A run folder holds config.json, log.jsonl, last.pt (for --resume), best.pt (lowest validation loss),
+summary.json, pictures, and the tokenizer and meta.json of its data.
 """
 import argparse
 import difflib
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import time
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, dataclass, fields
+from functools import lru_cache
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch.nn.parallel import DistributedDataParallel
+from torch.nn.parallel import DistributedDataParallel as DDP
 from tqdm import tqdm
 
 import eval as evaluation
@@ -34,22 +36,23 @@ ELIDE = ("none", "regate", "ema", "ref", "random")
 
 @dataclass
 class TrainConfig:
-    data: str = option("", "data folder of prepare_data.py; empty = a toy world, made if missing")
+    preset: str = option("toy", "values to start from", ("toy", "patches", "laptop", "small", "paper"))
+    data: str = option("data/babylm", "of prepare_data.py; data/toy and data/toy16 are made if missing")
+    init: str = option("", "run folder from which to take weights of the same name and shape")
     out: str = option("", "run folder to write; empty = out/<preset>")
     seed: int = option(1, "seed of weights, dropout and data order")
-    curriculum: str = option("alternate", f"epochs: T text, C captions, M mixed; or {', '.join(ORDERS)}")
+    curriculum: str = option("alternate", f"epochs, T text, C captions, M mixed, or {', '.join(ORDERS)}")
     epochs: int = option(10, "epochs of each kind in a named curriculum", least=1)
-    mix: int = option(4, "caption steps for each text step of an M epoch", least=1)
+    mix: int = option(4, "caption steps per text step of an M epoch", least=1)
     max_steps: int = option(0, "end the schedule after so many steps; 0 = the whole curriculum")
     images: bool = option(True, "--no-images trains on captions as text, without any image module")
-    batch_tokens: int = option(8192, "tokens per step, over all micro-batches and GPUs", least=1)
-    grad_accum: int = option(1, "micro-batches of a step, to save memory", least=1)
+    batch_tokens: int = option(8192, "tokens per step, over all parts and GPUs", least=1)
+    grad_accum: int = option(1, "parts of a step, to save memory", least=1)
     optimizer: str = option("adamw", "muon = Muon for hidden matrices, AdamW for the rest", ("adamw", "muon"))
     lr: float = option(5e-5, "peak learning rate", least=1e-12)
     warmup_steps: int = option(12000, "steps of linear warm-up before the cosine to zero")
     weight_decay: float = option(0.01, "decay of matrices, per step and learning rate")
     beta2: float = option(0.999, "AdamW: decay of the squared gradient average")
-    grad_clip: float = option(1.0, "largest gradient norm; 0 = any")
     elide: str = option("none", "token elision: the score that chooses", ELIDE)
     teacher: str = option("", "run folder of a text-only teacher; elide becomes regate")
     keep_ratio: float = option(0.5, "elide: share of each caption that an elided step runs", least=1e-6)
@@ -59,50 +62,46 @@ class TrainConfig:
     elide_dense: int = option(16, "elide: dense steps that begin a cycle")
     elide_lambda: float = option(0.5, "elide: weight of the teacher's loss")
     elide_beta: float = option(0.9, "elide: decay of the moving average")
-    eval_interval: int = option(1000, "steps between validation losses", least=1)
+    eval_interval: int = option(1000, "steps between validation losses and writes of last.pt", least=1)
     eval_tokens: int = option(50000, "validation tokens of each kind per evaluation", least=1)
     log_interval: int = option(10, "steps between lines of log.jsonl", least=1)
-    save_interval: int = option(1000, "steps between writes of last.pt", least=1)
-    keep_checkpoints: bool = option(False, "keep the weights of every evaluation and epoch in checkpoints/")
+    keep_checkpoints: bool = option(False, "keep the weights of evaluations and epochs in checkpoints/")
     stop_after: int = option(0, "save and stop after this step; 0 = do not")
     device: str = option("auto", "cpu, cuda, mps, or auto for the best there is")
     compile: bool = option(True, "torch.compile on cuda")
 
     def __post_init__(self):
         check(self)
-        expect(set(self.kinds) <= set("TCM"), f"curriculum: expected T, C, M or one of {', '.join(ORDERS)}")
-        alone = self.elide in ("none", "ema", "random")
-        expect(self.teacher or alone, f"--elide {self.elide} needs a --teacher RUN, trained with --no-images")
+        expect(set(self.kinds) <= set("TCM"), f"curriculum: expected letters T, C, M or {', '.join(ORDERS)}")
+        expect(self.teacher or self.elide not in ("regate", "ref"), f"--elide {self.elide} needs a --teacher")
         expect(max(self.beta2, self.elide_beta) < 1, "beta2 and elide_beta must be below 1")
         expect(self.keep_ratio <= 1 and self.seed < 2**32, "keep_ratio must be at most 1, seed below 2**32")
 
     @property
-    def kinds(self):
-        """The curriculum spelled out, a letter an epoch."""
+    def kinds(self):  # the curriculum spelled out, a letter an epoch
         return "".join(part * self.epochs for part in ORDERS.get(self.curriculum, [])) or self.curriculum
 
 # The quick presets gate per token: one number for each word can be checked against a picture.
-OFTEN, REAL = dict(eval_interval=250, save_interval=250), dict(data="data/babylm")
-QUICK = OFTEN | dict(n_layer=4, n_head=4, block_size=64, gate="soft-token", curriculum="mixed")
+QUICK = dict(n_layer=4, n_head=4, block_size=64, gate="soft-token", curriculum="mixed", eval_interval=250)
 QUICK |= dict(batch_tokens=1024, optimizer="muon", warmup_steps=100, weight_decay=0.05, beta2=0.99)
-TOY = QUICK | dict(n_embd=128, n_image_layer=1, dropout=0.0, mix=8, epochs=2, lr=3e-3)
-LAPTOP = QUICK | REAL | dict(n_embd=192, n_image_layer=2, mix=2, epochs=4, lr=2e-3, eval_tokens=20000)
-SMALL = OFTEN | REAL | dict(n_layer=6, n_head=6, n_embd=384, n_image_layer=3, epochs=4, batch_tokens=16384)
-SMALL |= dict(lr=6e-4, warmup_steps=200, weight_decay=0.1, beta2=0.95)
-PRESETS = {"toy": TOY, "patches": TOY | dict(n_image_token=16, image_encoder="mlp"), "laptop": LAPTOP}
-PRESETS |= {"small": SMALL, "paper": REAL}
+TOY = QUICK | dict(data="data/toy", n_embd=128, n_image_layer=1, dropout=0.0, mix=8, epochs=2, lr=3e-3)
+PATCHES = TOY | dict(data="data/toy16", n_image_token=16, image_encoder="mlp")
+LAPTOP = QUICK | dict(n_embd=192, n_image_layer=2, mix=2, epochs=4, lr=2e-3, eval_tokens=20000)
+SMALL = dict(n_layer=6, n_head=6, n_embd=384, n_image_layer=3, epochs=4, batch_tokens=16384)
+SMALL |= dict(lr=6e-4, warmup_steps=200, weight_decay=0.1, beta2=0.95, eval_interval=250)
+PRESETS = {"toy": TOY, "patches": PATCHES, "laptop": LAPTOP, "small": SMALL, "paper": {}}
 FROM_DATA = ("vocab_size", "image_dim")  # what only the data can know
-FREE = "data device compile stop_after log_interval eval_interval save_interval keep_checkpoints".split()
+FREE = "data device compile lr epochs max_steps grad_accum stop_after keep_checkpoints"  # what can change
+FREE = f"{FREE} eval_interval log_interval".split()  # with --resume
 
 # ---- flags: every field of both configs is one
 def parse(argv):
-    """Command line -> (preset, resume, {flag: value}). An unknown flag names the nearest one."""
-    usage = "python train.py [--preset NAME] [--flag value] ..."
-    parser = argparse.ArgumentParser(usage=usage, allow_abbrev=False, argument_default=argparse.SUPPRESS)
-    parser.add_argument("--preset", default=None, choices=PRESETS, help="values to start from (default: toy)")
+    """Command line -> (resume, {flag: value}). An unknown flag names the nearest one."""
+    options = dict(usage="python train.py [--preset NAME] [--flag value] ...", allow_abbrev=False)
+    parser = argparse.ArgumentParser(argument_default=argparse.SUPPRESS, **options)
     parser.add_argument("--resume", default=False, action="store_true", help="go on with --out, or start it")
     for f in (*fields(TrainConfig), *fields(GateVLMConfig)):
-        values = {"default": f.default} | {name: p[f.name] for name, p in PRESETS.items() if f.name in p}
+        values = {"paper": f.default} | {name: p[f.name] for name, p in PRESETS.items() if f.name in p}
         text = f.metadata["help"] + f" ({', '.join(f'{name}: {value}' for name, value in values.items())})"
         kind = dict(type=f.type, choices=f.metadata["choices"])
         if f.type is bool:
@@ -111,11 +110,10 @@ def parse(argv):
             parser.add_argument(f"--{f.name}", help=text, **kind)
     args, unknown = parser.parse_known_args(argv)
     if unknown:
-        known = [flag for action in parser._actions for flag in action.option_strings]
-        near = difflib.get_close_matches(unknown[0].split("=")[0], known, n=1, cutoff=0)[0]
-        raise InputError(f"unknown {unknown[0]}; did you mean {near}?")
+        near = difflib.get_close_matches(unknown[0].split("=")[0], parser._option_string_actions, n=1)
+        raise InputError(f"unknown {unknown[0]}" + "".join(f"; did you mean {flag}?" for flag in near))
     flags = vars(args)
-    return flags.pop("preset"), flags.pop("resume"), flags
+    return flags.pop("resume"), flags
 
 def make_configs(values, data):
     """(TrainConfig, GateVLMConfig) of field values; what only the data knows comes from its meta.json."""
@@ -123,8 +121,8 @@ def make_configs(values, data):
     if not values.get("images", True):
         n = values["n_image_token"] = 0
     expect(values.setdefault("n_image_token", n) == n, f"{data.folder} has {n} image tokens per picture")
-    part = lambda config: config(**{f.name: values[f.name] for f in fields(config) if f.name in values})
-    return part(TrainConfig), part(GateVLMConfig)
+    build = lambda config: config(**{f.name: values[f.name] for f in fields(config) if f.name in values})
+    return build(TrainConfig), build(GateVLMConfig)
 
 # ---- order of data: a function of (seed, epoch), so that the step alone tells where a run stands
 def epoch_plan(letter, epoch, config, block_size, data):
@@ -145,18 +143,15 @@ def epoch_plan(letter, epoch, config, block_size, data):
     if letter != "M":
         return text + captions
     mixed = []
-    for i, batch in enumerate(captions, 1):
-        mixed.append(batch)
-        if i % config.mix == 0:
-            mixed.append(text[(i // config.mix - 1) % len(text)])  # text starts over when it is used up
+    for i, batch in enumerate(captions, 1):  # text starts over when it is used up
+        mixed += [batch] if i % config.mix else [batch, text[(i // config.mix - 1) % len(text)]]
     return mixed
 
 def learning_rate(step, config, n_step):
-    """Linear warm-up, then a cosine to zero."""
+    """Linear warm-up, then a cosine towards zero."""
     warm = min(config.warmup_steps, n_step)
-    if step < warm:
-        return config.lr * (step + 1) / warm
-    return config.lr * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, n_step - warm)))
+    share = max(0, step - warm) / max(1, n_step - warm)
+    return config.lr * min((step + 1) / max(1, warm), 0.5 + 0.5 * math.cos(math.pi * share))
 
 # ---- optimizers
 def orthogonal(x):
@@ -166,18 +161,16 @@ def orthogonal(x):
         return orthogonal(x.mT).mT  # so that x x^T is as small as can be
     a, b, c = 3.4445, -4.7750, 2.0315
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)  # no singular value above 1
-    if x.is_cuda:
+    if x.is_cuda and torch.cuda.is_bf16_supported(False):
         x = x.bfloat16()
         for _ in range(5):
             A = x @ x.mT
             x = torch.baddbmm(x, torch.baddbmm(A, A, A, beta=b, alpha=c), x, beta=a)
         return x
     # Elsewhere float32: CPUs without bfloat16 instructions are 20 times slower with it. It is exact enough to
-    # step on the small A = x x^T alone, and to multiply x once by the product of all P = a + b A + c A^2.
-    A = x @ x.mT
+    # step on the small A = x x^T alone: x <- P x makes it P A P. The end is Q x, Q the product of all P.
     for i in range(5):
-        if i:
-            A = P @ A @ P
+        A = P @ A @ P if i else x @ x.mT
         P = torch.baddbmm(A, A, A, beta=b, alpha=c)
         P.diagonal(dim1=1, dim2=2).add_(a)
         Q = P @ Q if i else P
@@ -193,14 +186,15 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
-            same = {}  # shape -> [(parameter, update)], made orthogonal together in few large products
+            same = {}  # shape -> [(parameter, update)], for few large products
             for p in group["params"]:
                 if p.grad is not None:  # a text batch leaves the image modules alone
-                    m = self.state[p].setdefault("momentum_buffer", torch.zeros_like(p))
-                    m.lerp_(p.grad, 1 - group["momentum"])
+                    if not self.state[p]:
+                        self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+                    m = self.state[p]["momentum_buffer"].lerp_(p.grad, 1 - group["momentum"])
                     same.setdefault(p.shape, []).append((p, p.grad.lerp(m, group["momentum"])))
             for shape, pairs in same.items():
-                scale = group["lr"] * 0.2 * math.sqrt(max(shape))  # U V^T has entries of about 1 / sqrt
+                scale = group["lr"] * 0.2 * math.sqrt(max(shape))  # U V^T has entries of max(shape) ** -0.5
                 updates = orthogonal(torch.stack([update for _, update in pairs]))
                 for (p, _), update in zip(pairs, updates):
                     p.mul_(1 - group["lr"] * group["weight_decay"]).sub_(scale * update)
@@ -208,73 +202,78 @@ class Muon(torch.optim.Optimizer):
 def make_optimizers(model, config):
     """{name: optimizer}: AdamW, and Muon for the hidden matrices. Vectors and scalars do not decay."""
     linears = [(name, m.weight) for name, m in model.named_modules() if isinstance(m, torch.nn.Linear)]
-    hidden = [p for name, p in linears if name != "head" and ".gate." not in name]
-    hidden = hidden if config.optimizer == "muon" else []
+    muon = config.optimizer == "muon"
+    hidden = [p for name, p in linears if muon and name != "head" and ".gate." not in name]
     rest = [p for p in model.parameters() if p not in set(hidden)]
     groups = [dict(params=[p for p in rest if p.dim() >= 2], weight_decay=config.weight_decay)]
     groups += [dict(params=[p for p in rest if p.dim() < 2], weight_decay=0.0)]
     adamw = torch.optim.AdamW(groups, config.lr, (0.9, config.beta2), fused=rest[0].device.type != "mps")
-    return {"adamw": adamw} | ({"muon": Muon(hidden, config.lr, config.weight_decay)} if hidden else {})
+    return {"adamw": adamw} | ({"muon": Muon(hidden, config.lr, config.weight_decay)} if muon else {})
 
 # ---- the loop
 def teacher_losses(config, data, device):
-    """Loss in nats of every training caption token under a text-only model (n_token,), made once and kept
-    beside the data, or in the run folder where the data cannot be written."""
+    """Loss in nats of every training caption token under a text-only model (n_token,); beyond its block 0."""
     model, offset = evaluation.load_teacher(config.teacher, data, device), data.offset["train"]
-    folder = data.folder if os.access(data.folder, os.W_OK) else config.out
-    key = prepare_data.sha256(os.path.join(config.teacher, "best.pt"))[:12]
-    path = os.path.join(folder, f"teacher_{key}_{data.meta['sha256']['caption_train.bin'][:12]}.npy")
-    if not os.path.exists(path):
-        losses, ids = np.zeros(len(data.captions["train"]), np.float16), np.arange(len(offset) - 1)
-        for i, (loss, _) in zip(ids, evaluation.caption_losses(model, data, "train", ids, "none")):
-            losses[offset[i] : offset[i] + len(loss)] = loss  # what does not fit its block stays 0
-        np.save(part := f"{path}.{os.getpid()}.npy", losses)
-        os.replace(part, path)
-    return torch.from_numpy(np.load(path))
+    losses, ids = torch.zeros(len(data.captions["train"])), np.arange(len(offset) - 1)
+    for i, (loss, _) in zip(ids, evaluation.caption_losses(model, data, "train", ids, "none")):
+        losses[offset[i] : offset[i] + len(loss)] = torch.from_numpy(loss)
+    return losses
+
+@torch.no_grad()
+def take_weights(model, run, data):
+    """Copy from a run what fits by name and shape, and the positions that both have; print what that is.
+    InputError where the tokenizer is another."""
+    a, b = (meta["sha256"]["tokenizer.tiktoken"] for meta in (prepare_data.load_meta(run), data.meta))
+    expect(a == b, f"--init {run}: its tokenizer is not that of {data.folder}")
+    old, fits = load_checkpoint(os.path.join(run, "best.pt"))["model"], {}
+    for name, new in (*model.named_parameters(), *model.named_buffers()):
+        source = old.get(name)
+        if name == "position_embedding.weight":
+            source, new = source[: len(new)], new[: len(source)]
+        fits[name] = source is not None and source.shape == new.shape
+        new.copy_(source if fits[name] else new)
+    short = lambda name: re.sub(r"\.\d+|\.[^.]*$", "", name)  # blocks.0.attn.proj.bias: blocks.attn.proj
+    part = lambda fit: ", ".join(dict.fromkeys(short(name) for name in fits if fits[name] == fit))
+    print(f"taken from {run}: {part(True)}\nstarts fresh: {part(False)}")
 
 class Run:
     """A run. Its state is parts (model, optimizers, elision) and now, whose step says where it stands."""
 
-    def __init__(self, config, model_config, data, state=None):
+    def __init__(self, config, model_config, data, state, device, rank, world):
         self.config, self.data, self.block_size = config, data, model_config.block_size
-        self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-        self.device = pick_device(config.device, int(os.environ.get("LOCAL_RANK", 0)))
+        self.device, self.rank, self.world, self.caught = device, rank, world, []  
         torch.manual_seed(config.seed)
-        self.model = self.forward = GateVLM(model_config).to(self.device)
-        if model_config.n_image_token and len(data.image_row["train"]):
-            rows = np.unique(data.image_row["train"])
-            some = data.images(rows[:: math.ceil(len(rows) / 2000)])
-            self.model.image_encoder.measure(torch.from_numpy(some))
+        self.model = self.forward = GateVLM(model_config).to(device)
+        if model_config.n_image_token and len(rows := np.unique(data.image_row["train"])):
+            rows = rows[:: math.ceil(len(rows) / 2000)]
+            self.model.image_encoder.measure(torch.from_numpy(data.images(rows)))
+        if config.init and not state:
+            take_weights(self.model, config.init, data)
         self.optimizers, self.elision = make_optimizers(self.model, config), None
         self.parts = {"model": self.model, **self.optimizers}
         if config.elide != "none":
-            teacher = teacher_losses(config, data, self.device) if config.teacher else None
-            self.elision = Elision(config, len(data.captions["train"]), teacher).to(self.device)
-            self.parts["elision"] = self.elision
-        self.now = dict(step=0, tokens_seen=0, tokens_processed=0, seconds=0.0, best=math.inf, best_step=0)
-        if state:
-            self.now = state["now"]
+            teacher = teacher_losses(config, data, device) if config.teacher and not state else None
+            self.elision = Elision(config, len(data.captions["train"]), teacher).to(device)
+            self.parts["elision"] = self.elision  # with the teacher's losses: it is asked once
+        # the schedule, a letter a step: how many batches an epoch has depends on lengths only
+        self.plan = lru_cache(1)(lambda letter, n: epoch_plan(letter, n, config, self.block_size, data))
+        kinds = {letter: "".join(kind for kind, _ in self.plan(letter, 0)) for letter in set(config.kinds)}
+        self.schedule = "".join(kinds[letter] for letter in config.kinds)[: config.max_steps or None]
+        self.starts = np.cumsum([0, *(len(kinds[letter]) for letter in config.kinds)])  # of epochs, in steps
+        self.now = dict(step=0, tokens_seen=0, tokens_processed=0, seconds=0.0, best=None, best_step=0)
+        if state:  # what is to come can be another schedule, what has been cannot
+            self.now, old = state["now"], TrainConfig(**state["config"])
+            begun = config.kinds[: np.searchsorted(self.starts, self.now["step"])]
+            fits = old.kinds.startswith(begun) and self.now["step"] <= len(self.schedule)
+            expect(fits, f"{config.out}: its first {self.now['step']} steps cannot become others")
             for name, part in self.parts.items():
                 part.load_state_dict(state[name])
-        if config.compile and self.device.type == "cuda":
+        if config.compile and device.type == "cuda":
             self.forward = torch.compile(self.model, dynamic=True)  # captions differ in length
         if self.world > 1:  # a text batch leaves the image modules without gradients
-            options = dict(find_unused_parameters=True, broadcast_buffers=False)
-            self.forward = DistributedDataParallel(self.forward, **options)
-        bf16 = self.device.type == "cuda" and torch.cuda.is_bf16_supported()
-        self.precision = torch.autocast("cuda", torch.bfloat16) if bf16 else nullcontext()
-        self.epoch = lambda letter, n: epoch_plan(letter, n, config, self.block_size, data)
-        # the schedule, a letter a step: how many batches an epoch has depends on lengths only
-        kinds = {letter: "".join(kind for kind, _ in self.epoch(letter, 0)) for letter in set(config.kinds)}
-        self.schedule = "".join(kinds[letter] for letter in config.kinds)[: config.max_steps or None]
-        self.starts, self.plan = np.cumsum([0, *(len(kinds[letter]) for letter in config.kinds)]), (None, [])
-
-    def batch(self, step):
-        """Epoch, kind and rows (n,) of the batch of a step."""
-        epoch = int(np.searchsorted(self.starts, step, "right")) - 1
-        if self.plan[0] != epoch:
-            self.plan = epoch, self.epoch(self.config.kinds[epoch], epoch)
-        return epoch, *self.plan[1][step - self.starts[epoch]]
+            self.forward = DDP(self.forward, find_unused_parameters=True, broadcast_buffers=False)
+        bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(False)
+        self.precision = torch.autocast(device.type, torch.bfloat16, enabled=bf16)
 
     def log(self, **line):
         if self.rank == 0:
@@ -287,8 +286,7 @@ class Run:
             states = {part: self.parts[part].state_dict() for part in parts}
             save_checkpoint(os.path.join(self.config.out, name), now=self.now | more, **configs, **states)
 
-    def gather(self, *tensors):
-        """Tensors of every process, which may differ in length, one after the other."""
+    def gather(self, *tensors):  # those of every process, one after the other; they may differ in length
         everyone = [tensors]
         if self.world > 1:
             everyone = [None] * self.world
@@ -297,22 +295,22 @@ class Run:
 
     def gradients(self, kind, rows, elided):
         """Forward and backward of a batch: this process takes every world-th row, in grad_accum parts; all
-        give the gradient of the mean. Returns losses (2,), language and contrastive, share of tokens run."""
+        give the gradient of the mean. Returns losses (2,: language, contrastive); the share of tokens run."""
         c, m, world, losses = self.config, self.model.config, self.world, torch.zeros(2, device=self.device)
         length = np.full(len(rows), self.block_size)
         if kind == "C":
             length = self.data.lengths("train", self.block_size, rows)
-        k = max(1, round(c.keep_ratio * length.mean())) if elided else self.block_size  # run of each row
+        k = max(1, round(c.keep_ratio * length.mean())) if elided else self.block_size  # run per row
         n, n_run = int(length.sum()), int(np.minimum(length, k).sum())
         for micro in range(c.grad_accum):
-            part = rows[micro * world + self.rank :: c.grad_accum * world]
-            share = len(part) / len(rows)  # a process without rows takes part all the same, with weight 0
-            part = part if share else rows[:1]
-            batch = self.data.batch(kind, "train", part, self.block_size)
+            mine = rows[micro * world + self.rank :: c.grad_accum * world]
+            share = len(mine) / len(rows)  # a process without rows takes part with weight 0
+            mine = mine if share else rows[:1]
+            batch = self.data.batch(kind, "train", mine, self.block_size)
             idx, targets, place = (torch.from_numpy(x).to(self.device) for x in batch)
             image = None
             if kind == "C" and m.n_image_token:
-                image = torch.from_numpy(self.data.images(self.data.image_row["train"][part])).to(self.device)
+                image = torch.from_numpy(self.data.images(self.data.image_row["train"][mine])).to(self.device)
             keep = self.elision.choose(place, targets != -1, min(k, place.size(1))) if elided else None
             last = world == 1 or micro == c.grad_accum - 1
             with nullcontext() if last else self.forward.no_sync():
@@ -333,27 +331,25 @@ class Run:
         return losses, n_run / n
 
     def evaluate(self, epoch):
-        """Validation losses. best.pt is kept by that of captions, of text where no captions are trained."""
+        """Validation losses; best.pt has the lowest of captions, of text where no captions are trained."""
         if self.rank == 0:
             losses, now = evaluation.validate(self.model, self.data, self.config.eval_tokens), self.now
             self.log(epoch=epoch, **losses)
             text = ", ".join(f"{name} {loss:.3f}" for name, loss in losses.items() if loss is not None)
-            minutes = f"{now['seconds'] / 60:.1f} min"
-            tqdm.write(f"step {now['step']:,} of {len(self.schedule):,}, {minutes}: {text}")
+            tqdm.write(f"step {now['step']:,}, {now['seconds'] / 60:.1f} min: {text}")
             loss = losses["val_loss_text" if set(self.config.kinds) == {"T"} else "val_loss_caption"]
-            if loss is None or loss < now["best"]:  # without held-out data the last is the best
-                now |= dict(best=math.inf if loss is None else loss, best_step=now["step"])
+            if None in (loss, now["best"]) or loss < now["best"]:  # nothing held out: the last is the best
+                now |= dict(best=loss, best_step=now["step"])
                 self.save("best.pt")
 
 def train(run):
-    """The schedule, or what is left of it. True when it is done, False when it was stopped."""
-    c, now, schedule, caught, clock = run.config, run.now, run.schedule, [], time.perf_counter()
-    signals = {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}
-    handlers = {s: signal.signal(s, lambda number, frame: caught.append(number)) for s in signals}
-    progress = dict(initial=now["step"], total=len(schedule), disable=run.rank > 0 or None)
-    for step in tqdm(range(now["step"], len(schedule)), **progress):
+    """Run the schedule from where the run stands. False when it was stopped."""
+    c, now, schedule, clock = run.config, run.now, run.schedule, time.perf_counter()
+    n_step, silent = len(schedule), run.rank > 0 or None  # None: where there is no terminal
+    for step in tqdm(range(now["step"], n_step), initial=now["step"], total=n_step, disable=silent):
         # what is the batch, and do all of its tokens run?
-        epoch, kind, rows = run.batch(step)
+        epoch = int(np.searchsorted(run.starts, step, "right")) - 1
+        kind, rows = run.plan(c.kinds[epoch], epoch)[step - run.starts[epoch]]
         nth = schedule.count(kind, 0, step)  # batches of its kind that came before
         elided = run.elision is not None and kind == "C" and not run.elision.is_dense(nth)
 
@@ -363,8 +359,8 @@ def train(run):
         if kind == "C":
             run.model.anneal(nth / schedule.count("C"))
         (loss, contrastive), kept = run.gradients(kind, rows, elided)
-        norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), c.grad_clip or math.inf)
-        lr = learning_rate(step, c, len(schedule))
+        norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), max_norm=1.0)
+        lr = learning_rate(step, c, n_step)
         for optimizer in run.optimizers.values():
             for group in optimizer.param_groups:
                 group["lr"] = lr
@@ -373,97 +369,101 @@ def train(run):
 
         # log, evaluate, save
         now["step"] = step = step + 1
-        stop = torch.tensor(float(bool(caught) or step == c.stop_after), device=run.device)
+        stop = bool(run.caught) or step == c.stop_after
         if run.world > 1:  # a signal may reach one process a step before another
-            dist.all_reduce(stop)
-        due = lambda interval: step == len(schedule) or step % interval == 0
-        ends = step == len(schedule) or step in run.starts
+            dist.all_reduce(stop := torch.tensor(float(stop), device=run.device))
+        due = lambda interval: step == n_step or step % interval == 0
+        ends = step == n_step or step in run.starts
         keeps = c.keep_checkpoints and (ends or due(c.eval_interval))
-        if due(c.log_interval) or due(c.eval_interval) or due(c.save_interval) or keeps or stop:
+        if due(c.log_interval) or due(c.eval_interval) or keeps or stop:
             name = {"T": "loss_text", "C": "loss_caption"}[kind] if kept == 1 else "loss_kept"
             numbers = {name: loss.item(), "contrastive": contrastive.item(), "grad_norm": norm.item()}
-            diverged = f"NaN or inf in loss or gradient by step {step} (epoch {epoch}, {kind}), nothing saved"
-            expect(math.isfinite(sum(numbers.values())), f"{diverged}. Lower --lr or raise --warmup_steps")
+            expect(math.isfinite(sum(numbers.values())), f"NaN or inf by step {step}: --resume, a lower --lr")
             now["seconds"] += time.perf_counter() - clock  # evaluating and saving do not count
             if due(c.log_interval):
-                run.log(epoch=epoch, kind=kind, lr=lr, kept=kept, **numbers, **now)
+                run.log(n_step=n_step, epoch=epoch, kind=kind, lr=lr, kept=kept, **numbers, **now)
             if due(c.eval_interval):
                 run.evaluate(epoch)
             if keeps:
                 run.save(f"checkpoints/step_{step:08}.pt", epoch=epoch, kind=c.kinds[epoch], ends_epoch=ends)
-            if due(c.save_interval) or stop:
+            if due(c.eval_interval) or stop:
                 run.save("last.pt", run.parts)
             clock = time.perf_counter()
-        if stop:
-            break
-    for s, handler in handlers.items():
-        signal.signal(s, handler)
-    return now["step"] == len(schedule)
+        if stop and step < n_step:
+            print(f"stopped and saved; go on with: python train.py --resume --out {c.out}")
+            return False
+    return True
 
 # ---- main
-def settle(preset, resume, flags, out):
-    """(values of all fields, checkpoint or None) of a run to start in the folder out, or to go on with."""
+def settle(resume, flags, out):
+    """(values of fields, checkpoint or None) of a run to start in folder out, or to go on with."""
     last = os.path.join(out, "last.pt")
+    expect(not os.path.exists(os.path.join(out, "image.npy")), f"--out {out} is a data folder")
     if not os.path.exists(last):
-        values = PRESETS[preset or "toy"] | flags
+        values = PRESETS[flags.get("preset", "toy")] | flags
         if values.get("teacher"):
             values.setdefault("elide", "regate")
-        toy = os.path.join("data", "toy16" if values.get("n_image_token") == 16 else "toy")
-        return values | {"data": values.get("data") or toy}, None
+        return values, None
     expect(resume, f"{out} holds a run: --resume goes on with it, --out starts another")
-    state, config = load_checkpoint(last), prepare_data.read_json(os.path.join(out, "config.json"))
-    known = {f.name for f in fields(TrainConfig)} == set(state.get("config", ()))
-    expect(known, f"{last}: no state of a run of this version of gatevlm")
-    expect(preset in (None, config["preset"]), f"--preset {preset}: the run in {out} has {config['preset']}")
+    state, known = load_checkpoint(last), asdict(TrainConfig()).keys()
+    expect(state.get("config", {}).keys() == known, f"{last}: not of a run of this version of gatevlm")
     values = state["model_config"] | state["config"]
     for name, value in flags.items():
         fixed = f"--{name} {value}: the run in {out} has {values[name]}; only {', '.join(FREE)} may change"
         expect(name in FREE or value == values[name], fixed)
     return values | flags, state
 
+def begin(run, resumed):
+    """What a run folder holds before the first step."""
+    out, path = run.config.out, lambda name: os.path.join(run.config.out, name)
+    os.makedirs(path("checkpoints"), exist_ok=True)
+    for name in "tokenizer.tiktoken", "meta.json":
+        shutil.copy(os.path.join(run.data.folder, name), out)
+    config = {"train": asdict(run.config), "model": asdict(run.model.config)}
+    prepare_data.write_json(path("config.json"), config)
+    lines = evaluation.read_log(out) if resumed else []
+    with open(path("log.jsonl"), "w", encoding="utf-8") as f:  # but for steps that were not saved
+        f.writelines(json.dumps(line) + "\n" for line in lines if line["step"] <= run.now["step"])
+    if not resumed:
+        run.save("last.pt", run.parts)
+    n, steps = sum(p.numel() for p in run.model.parameters()), f"{run.now['step']:,} of {len(run.schedule):,}"
+    print(f"{n:,} parameters on {run.device}; step {steps}: {run.config.kinds}")
+
 def main(argv=None):
-    """Start or resume a run; returns its summary, or None where it stopped early."""
-    preset, resume, flags = parse(argv)
-    out = os.path.normpath(flags.pop("out", "") or os.path.join("out", preset or "toy"))
+    """Start or resume a run; returns its summary, or None where it stopped."""
+    resume, flags = parse(argv)
+    out = os.path.normpath(flags.pop("out", "") or os.path.join("out", flags.get("preset", "toy")))
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    values, state = settle(preset, resume, flags, out)
-    folder = values["data"]
+    values, state = settle(resume, flags, out)
+    folder = values.get("data", TrainConfig.data)
     if rank == 0 and os.path.basename(folder) in ("toy", "toy16") and not os.path.exists(folder):
-        prepare_data.main(["toy", "--out", folder, "--n_image_token", str(values.get("n_image_token", 1))])
+        prepare_data.main(["toy", "--out", folder, "--n_image_token", "16" if folder.endswith("16") else "1"])
+    device = pick_device(values.get("device", "auto"), int(os.environ.get("LOCAL_RANK", 0)))
     if world > 1:
-        device = pick_device(values.get("device", "auto"), int(os.environ.get("LOCAL_RANK", 0)))
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
         dist.barrier()  # until the first process has made the data
     data = prepare_data.Data(folder)
-    config, model_config = make_configs(values | {"out": out}, data)
     same = not state or prepare_data.load_meta(out)["sha256"] == data.meta["sha256"]
-    expect(same, f"{folder}: not the data that the run in {out} was started with")
+    expect(same, f"{folder}: not the data of the run in {out}")
+    run = Run(*make_configs(values | {"out": out}, data), data, state, device, rank, world)
     if rank == 0:
-        os.makedirs(os.path.join(out, "checkpoints"), exist_ok=True)
-    run = Run(config, model_config, data, state)
-    if rank == 0:
-        for name in "tokenizer.tiktoken", "meta.json":
-            shutil.copy(os.path.join(folder, name), out)
-        configs = {"preset": preset or "toy", "train": asdict(config), "model": asdict(model_config)}
-        if not state:
-            prepare_data.write_json(os.path.join(out, "config.json"), configs)
-        lines = evaluation.read_log(out) if state else []
-        with open(os.path.join(out, "log.jsonl"), "w", encoding="utf-8") as f:  # but for steps not saved
-            f.writelines(json.dumps(line) + "\n" for line in lines if line["step"] <= run.now["step"])
-        n, n_step = sum(p.numel() for p in run.model.parameters()), len(run.schedule)
-        print(f"{n:,} parameters on {run.device}; step {run.now['step']:,} of {n_step:,}: {config.kinds}")
-    done = train(run)
+        begin(run, bool(state))
+    signals = {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}
+    with ExitStack() as after:  # of which the handlers that were there before are put back
+        for s in signals:
+            after.callback(signal.signal, s, signal.signal(s, lambda number, _: run.caught.append(number)))
+        done = train(run)
     if world > 1:
         dist.destroy_process_group()
     if rank or not done:
-        return rank or print(f"stopped and saved; go on with: python train.py --resume --out {out}")
-    if run.elision:  # what a step drops of the first caption
-        batch = data.batch("C", "train", np.array([0]), run.block_size)
-        _, targets, place = (torch.from_numpy(x).to(run.device) for x in batch)
-        keep = run.elision.choose(place, targets != -1, math.ceil(config.keep_ratio * targets.size(1)))
-        evaluation.gate_picture(os.path.join(out, "kept.png"), run.model, data, 0, "train", keep[0].tolist())
-    _, summary = evaluation.evaluate(out, run.device)
-    evaluation.print_table([{name: x for name, x in summary.items() if ":" not in name and name[:2] != "b "}])
+        return None
+    if run.elision and run.model.gated and "C" in run.schedule:  # what a step drops
+        place = torch.arange(int(data.lengths("train", run.block_size, 0)))[None]  # (1, T)
+        k = max(1, round(run.config.keep_ratio * place.size(1)))
+        keep = run.elision.cpu().choose(place, place >= 0, k)[0].tolist()
+        evaluation.gate_picture(os.path.join(out, "kept.png"), run.model, data, 0, "train", keep)
+    _, summary = evaluation.evaluate(out, device)
+    evaluation.print_table([{name: x for name, x in summary.items() if ":" not in name}])  # without groups
     return summary
 
 if __name__ == "__main__":

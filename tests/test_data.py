@@ -505,11 +505,33 @@ def test_batch_worked_example(hand, kind, starts, idx, targets):
     assert np.where(is_target, found, 0).tolist() == idx
     assert (stream["train"][place] == found_targets)[is_target].all()
 
+# ---- what others call their files
+def test_pictures_of_coco_have_a_folder_each(make):
+    images = karpathy(("0.png", "train", "a"), ("1.png", "val", "b"))
+    for image, folder in zip(images["images"], ("train2014", "val2014")):
+        image["filepath"] = folder
+    files = {"train2014/0.png": PHOTOS["0.png"], "val2014/1.png": PHOTOS["1.png"], "captions.txt": images}
+    data = make(files)
+    assert data.image[data.image_row["val"]][0, 0, 0] == np.float16(20 / 255)
+
+def test_a_linked_folder_is_read(make, tmp_path):
+    write(tmp_path, {f"elsewhere/{name.split('/')[1]}": x for name, x in CAPTIONS.items()})
+    os.makedirs(tmp_path / "in")
+    os.symlink(tmp_path / "elsewhere", tmp_path / "in" / "image_caption")
+    assert make({"train/a.txt": "hello"}).meta["count"]["caption_train"] == 9
+
+@pytest.mark.parametrize("path, split", [
+    ("training_data/dev/bnc.dev", "val"), ("devices/bnc.train", "train"), ("train_10M/deep/x.TXT", "train"),
+    ("data/validation/x.txt", "val"), ("train/dev/x.txt", "val")])
+def test_the_innermost_folder_says_what_text_is_for(tmp_path, path, split):
+    write(tmp_path, {path: "x"})
+    assert list(prepare_data.find_files(tmp_path)) == [("text", split)]
+
 # ---- wrong input
 @pytest.mark.parametrize("words, files, flags", [
     ("text/train and in text/train_10m", {"text/train/a.train": "x", "text/train_10M/b.train": "y"}, []),
     ("text to hold out", {"dev/a.dev": "x"} | CAPTIONS, []),
-    ("no text_only/train", {"readme": "hello"}, []),
+    ("nothing to train on", {"readme": "hello"}, []),
     ("a.txt, line 3: expected text in UTF-8", {"train/a.txt": b"fine\nf\xc3\xaene\nGr\xfc\xdfe"}, []),
     *[("cc_states.npy, row 1: NaN, inf or beyond 65504", given(["a", "b"], rows(1, x)), [])
       for x in (np.nan, -np.inf, 7e4)],
@@ -525,7 +547,11 @@ def test_batch_worked_example(hand, kind, starts, idx, targets):
     ("b.png: .*save a smaller copy", photos("0.png\ta\nb.png\tb") | {"b.png": plain(1, size=(30, 30))}, []),
     ("1 blank captions in .*: one of 1.png; --skip", photos("0.png\ta\n1.png\t \n"), []),
     ("captions.txt", photos(karpathy((5, "train", "a"), ("0.png", "train", "b"))), []),  # a number for a name
-    ("no GPT-2 .*TIKTOKEN_CACHE_DIR.*--tokenizer bpe", PHOTOS, ["--tokenizer", "gpt2"]),
+    ("neither COCO nor Karpathy .*dev", photos(karpathy(("0.png", "dev", "b"))), []),
+    ("unexpected end|delimiter expected", photos('image,caption\n0.png,"stop\n1.png,go\n'), []),
+    ("--n_image 5: not for babylm", CAPTIONS, ["--n_image", "5"]),
+    ("--words -5: expected 0 or more", CAPTIONS, ["--words=-5"]),
+    ("no gpt2: .*TIKTOKEN_CACHE_DIR.*--tokenizer bpe", PHOTOS, ["--tokenizer", "gpt2"]),
     ("no dinov2_vits14: .*--encoder pixels", PHOTOS, ["--encoder", "dinov2_vits14"])])
 def test_wrong_input_is_one_line_and_leaves_no_folder(make, tmp_path, monkeypatch, words, files, flags):
     monkeypatch.setattr(tiktoken, "get_encoding", lambda _: 1 / 0)  # there is no network
