@@ -354,8 +354,8 @@ def documents(paths):
                 lines = []
 
 def find_files(root):
-    """{(kind, split): [path]} of a BabyLM folder, however deep: text in .train and .dev files, .txt files of a
-    train, dev or val folder (train_10M), captions in *_captions.json, the rest as ("other", "")."""
+    """{(kind, split): [path]} of a BabyLM folder, however deep: text in .train, .dev files, .txt files of a
+    train, dev or val folder (train_10M), captions in *_captions.json, the rest ("other", "")."""
     found, homes = defaultdict(list), {}
     for folder, _, names in sorted(os.walk(root, followlinks=True)):
         parts = os.path.relpath(folder, root).lower().split(os.sep)
@@ -544,7 +544,7 @@ def write_folder(out, args, source):
     os.makedirs(part)
     try:
         meta = fill_folder(part, args, *source)
-        os.rename(part, out)  # fails where out is by now
+        os.rename(part, out)  # fails where out is
     finally:
         shutil.rmtree(part, ignore_errors=True)
     return meta

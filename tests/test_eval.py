@@ -232,7 +232,8 @@ def test_a_table_with_commas(tmp):
 def test_a_row_per_word_has_what_its_caption_has_alone(toy):
     model, teacher, data = make(toy), make(toy, 1, n_image_token=0), Data(toy)
     text, split = lambda ids: data.encoding.decode([*ids]), re.compile("[a-z]+|[?.]").findall
-    table, said = ev.word_table(model, data, ev.counted(data, {}), teacher), split(text(data.captions["train"]))
+    table = ev.word_table(model, data, ev.counted(data, {}), teacher)
+    said = split(text(data.captions["train"]))
     views = alone(model, data), alone(model, data, "none"), alone(teacher, data, "none")
     for n, ((ids, loss, gates), (_, blind, _), (_, teach, _)) in enumerate(zip(*views)):
         column = lambda name: [row.get(name) for row in table if row["caption"] == n]
@@ -496,7 +497,7 @@ def test_a_caption_without_gates_or_words_is_not_drawn(run, photo, monkeypatch, 
     assert not (run / "caption.png").exists()
 
 @cases("change, flags, message", [
-    ({"encoder": "given"}, "--image=x.png", "see prepare_data.py --encoder"), ({}, "--image=no.png", "no.png"),
+    ({"encoder": "given"}, "--image=x.png", "prepare_data.py --encoder"), ({}, "--image=no.png", "no.png"),
     ({}, "--tasks=blimp,glue", "--tasks blimp,glue"), ({"counts": 0}, "--data=.", "meta.json")])
 def test_what_cannot_be_used_is_told(run, change, flags, message):
     write(run / "meta.json", load_meta(run) | change)
