@@ -506,12 +506,11 @@ def write(run, model, args):
     idx = model.generate(idx, block, image, args.temperature, args.top_k, encoding.eot_token).cpu().numpy()
     for row in idx[:, 1:].tolist():
         print(encoding.decode(row).split("<|endoftext|>")[0])
-    words = words_of(idx[0, 1:], encoding)
-    if args.image and model.gated and words:
+    if args.image and model.gated:
         _, (gate,) = read(model, idx[:1, :-1], idx[:1, 1:], features)
-        words = [(word, float(gate[first])) for word, first, _ in words]
-        print_table([{"word": word, "gate": gate} for word, gate in words])
-        draw_gates(os.path.join(run, "caption.png"), *zip(*words), picture)
+        words = [(word, float(gate[first])) for word, first, _ in words_of(idx[0, 1:], encoding)]
+        print("".join(f"{word:16} {gate:.4f}\n" for word, gate in words), end="")
+        draw_gates(os.path.join(run, "caption.png"), [w for w, _ in words], [g for _, g in words], picture)
 
 FLAGS = [
     ("babylm_eval", "", "an evaluation_data/full_eval folder; empty = that of the data"),
