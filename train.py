@@ -271,7 +271,7 @@ class Run:
         if config.compile and device.type == "cuda":
             self.forward = torch.compile(self.model, dynamic=True)  # captions differ in length
         if self.world > 1:  # a text batch leaves the image modules without gradients
-            self.forward = DDP(self.forward, find_unused_parameters=True, broadcast_buffers=False)
+            self.forward = DDP(self.forward, find_unused_parameters=True)
         bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(False)
         self.precision = torch.autocast(device.type, torch.bfloat16, enabled=bf16)
 
