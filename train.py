@@ -62,7 +62,7 @@ class TrainConfig:
     elide_dense: int = option(16, "elide: dense steps that begin a cycle")
     elide_lambda: float = option(0.5, "elide: weight of the teacher's loss")
     elide_beta: float = option(0.9, "elide: decay of the moving average")
-    eval_interval: int = option(1000, "steps between validation losses and writes of last.pt", least=1)
+    eval_interval: int = option(250, "steps between validation losses and writes of last.pt", least=1)
     eval_tokens: int = option(50000, "validation tokens of each kind per evaluation", least=1)
     log_interval: int = option(10, "steps between lines of log.jsonl", least=1)
     keep_checkpoints: bool = option(False, "keep the weights of evaluations and epochs in checkpoints/")
@@ -82,13 +82,13 @@ class TrainConfig:
         return "".join(part * self.epochs for part in ORDERS.get(self.curriculum, [])) or self.curriculum
 
 # The quick presets gate per token: one number for each word can be checked against a picture.
-QUICK = dict(n_layer=4, n_head=4, block_size=64, gate="soft-token", curriculum="mixed", eval_interval=250)
-QUICK |= dict(batch_tokens=1024, optimizer="muon", warmup_steps=100, weight_decay=0.05, beta2=0.99)
+QUICK = dict(n_layer=4, n_head=4, block_size=64, gate="soft-token", curriculum="mixed", batch_tokens=1024)
+QUICK |= dict(optimizer="muon", warmup_steps=100, weight_decay=0.05, beta2=0.99, eval_tokens=20000)
 TOY = QUICK | dict(data="data/toy", n_embd=128, n_image_layer=1, dropout=0.0, mix=8, epochs=2, lr=3e-3)
 PATCHES = TOY | dict(data="data/toy16", n_image_token=16, image_encoder="mlp")
-LAPTOP = QUICK | dict(n_embd=192, n_image_layer=2, mix=2, epochs=4, lr=2e-3, eval_tokens=20000)
+LAPTOP = QUICK | dict(n_embd=192, n_image_layer=2, mix=2, epochs=4, lr=2e-3)
 SMALL = dict(n_layer=6, n_head=6, n_embd=384, n_image_layer=3, epochs=4, batch_tokens=16384)
-SMALL |= dict(lr=6e-4, warmup_steps=200, weight_decay=0.1, beta2=0.95, eval_interval=250)
+SMALL |= dict(lr=6e-4, warmup_steps=200, weight_decay=0.1, beta2=0.95)
 PRESETS = {"toy": TOY, "patches": PATCHES, "laptop": LAPTOP, "small": SMALL, "paper": {}}
 FROM_DATA = ("vocab_size", "image_dim")  # what only the data can know
 FREE = "data device compile lr epochs max_steps grad_accum stop_after keep_checkpoints"  # what can change
