@@ -19,4 +19,4 @@ def toy16(tmp_path_factory):
     return prepare_data.main(["toy", *flags, "--out", str(tmp_path_factory.mktemp("data") / "toy16")])
 
 def pytest_addoption(parser):
-    parser.addoption("--kills", type=int, default=4, help="how often a training run is killed")
+    parser.addoption("--kills", type=int, default=3, help="how often a training run is killed")

@@ -729,8 +729,7 @@ def test_a_damaged_image_is_told_apart_from_a_run_that_diverges(toy, tmp_path):
         *TINY.split(), "--data", data, "--out", tmp_path / "run", "--curriculum", "C"
     )
 
-@pytest.mark.parametrize("sent", ["SIGINT", "SIGTERM", "SIGHUP"])
-def test_a_signal_saves_ends_with_status_0_and_resume_is_exact(toy, tmp_path, sent):
+def test_a_signal_saves_ends_with_status_0_and_resume_is_exact(toy, tmp_path):
     line = [*TINY.split(), "--data", toy, "--curriculum", "C" * 8, "--out"]
     process = subprocess.Popen(
         [sys.executable, TRAIN_PY, *line, str(tmp_path / "run")], stdout=subprocess.PIPE, text=True
@@ -739,12 +738,30 @@ def test_a_signal_saves_ends_with_status_0_and_resume_is_exact(toy, tmp_path, se
     while not (path.exists() and path.read_text().count("\n") >= 3):
         assert process.poll() is None
         time.sleep(0.02)
-    process.send_signal(getattr(signal, sent))
+    process.send_signal(signal.SIGTERM)
     assert process.wait() == 0 and "--resume" in process.stdout.read()
     stopped = state(tmp_path / "run")["now"]["step"]
     resume(tmp_path / "run")
     train.main([*line, str(tmp_path / "whole")])
     assert 3 <= stopped < len(steps(tmp_path / "whole"))
+    assert same(state(tmp_path / "run"), state(tmp_path / "whole"))
+
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGHUP])
+def test_ctrl_c_and_a_closed_terminal_save_too(toy, tmp_path, monkeypatch, sent):
+    """The step that runs is finished; afterwards the handler of before is back."""
+    gradients, before = train.Run.gradients, signal.getsignal(sent)
+
+    def spy(run, *args):
+        if run.now["step"] == 2:
+            os.kill(os.getpid(), sent)
+        return gradients(run, *args)
+
+    monkeypatch.setattr(train.Run, "gradients", spy)
+    assert run(tmp_path / "run", toy, "--curriculum CC") is None and signal.getsignal(sent) is before
+    assert state(tmp_path / "run")["now"]["step"] == 3
+    monkeypatch.undo()
+    resume(tmp_path / "run")
+    run(tmp_path / "whole", toy, "--curriculum CC")
     assert same(state(tmp_path / "run"), state(tmp_path / "whole"))
 
 def test_killed_again_and_again_is_never_killed(toy, tmp_path, pytestconfig):
