@@ -572,7 +572,7 @@ def test_accumulation_is_the_big_batch(toy, tmp_path, flags):
     assert [loss_of(x) for x in one][:n] == pytest.approx([loss_of(x) for x in parts][:n], rel=2e-4)
 
 @pytest.mark.parametrize(
-    "flags", ["--optimizer muon --mix 2 --curriculum M", "--elide ema " + ELIDED, "--contrastive lcg"]
+    "flags", ["--optimizer muon --mix 2 --curriculum M --elide ema " + ELIDED, "--contrastive lcg"]
 )
 def test_two_processes_are_one(toy, tmp_path, flags):
     """torchrun on gloo: odd numbers of rows, elision's books, the logged losses of both, one summary."""
