@@ -415,19 +415,19 @@ def settle(resume, flags, out):
 
 def begin(run, resumed):
     """What a run folder holds before the first step."""
-    out, path = run.config.out, lambda name: os.path.join(run.config.out, name)
+    c, out, path = run.config, run.config.out, lambda name: os.path.join(run.config.out, name)
     os.makedirs(path("checkpoints"), exist_ok=True)
     for name in "tokenizer.tiktoken", "meta.json":
         shutil.copy(os.path.join(run.data.folder, name), out)
-    config = {"train": asdict(run.config), "model": asdict(run.model.config)}
-    prepare_data.write_json(path("config.json"), config)
+    prepare_data.write_json(path("config.json"), {"train": asdict(c), "model": asdict(run.model.config)})
     lines = evaluation.read_log(out) if resumed else []
     with open(path("log.jsonl"), "w", encoding="utf-8") as f:  # but for steps that were not saved
         f.writelines(json.dumps(line) + "\n" for line in lines if line["step"] <= run.now["step"])
     if not resumed:
         run.save("last.pt", run.parts)
-    n, steps = sum(p.numel() for p in run.model.parameters()), f"{run.now['step']:,} of {len(run.schedule):,}"
-    print(f"{n:,} parameters on {run.device}; step {steps}: {run.config.kinds}")
+    n, step, n_step = sum(p.numel() for p in run.model.parameters()), run.now["step"], len(run.schedule)
+    place = f"step {step:,} of {n_step:,}, lr {learning_rate(step, c, n_step):.2g}"
+    print(f"{n:,} parameters on {run.device}; {place}: {c.kinds}")
 
 def main(argv=None):
     """Start or resume a run; returns its summary, or None where it stopped."""
