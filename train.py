@@ -265,7 +265,7 @@ class Run:
             self.now, old = state["now"], TrainConfig(**state["config"])
             begun = config.kinds[: np.searchsorted(self.starts, self.now["step"])]
             fits = old.kinds.startswith(begun) and self.now["step"] <= len(self.schedule)
-            expect(fits, f"{config.out}: its first {self.now['step']} steps cannot become others")
+            expect(fits, f"{config.out} is at step {self.now['step']}: what it did cannot become another run")
             for name, part in self.parts.items():
                 part.load_state_dict(state[name])
         if config.compile and device.type == "cuda":
