@@ -591,6 +591,21 @@ def test_two_processes_are_one(toy, tmp_path, flags):
         assert same(state(tmp_path / "one")["model"], state(tmp_path / "two")["model"], 5e-3)
     assert os.path.isfile(tmp_path / "two" / "summary.json")
 
+def test_every_step_and_process_draws_other_noise(toy, tmp_path, monkeypatch):
+    """A seed each: 4 steps of 2 processes with 2 seeds."""
+    seen, data, cpu = [], prepare_data.Data(toy), torch.device("cpu")
+    monkeypatch.setattr(train.Run, "gradients", lambda *_: (torch.zeros(2), 1.0))
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda x: x)
+    size = GateVLMConfig(data.meta["vocab_size"], n_layer=1, n_embd=8, n_head=1, n_image_layer=1)
+    for seed, rank in (1, 0), (1, 1), (2, 0), (2, 1):
+        config = TrainConfig(seed=seed, out=str(tmp_path), max_steps=4, curriculum="C", batch_tokens=256)
+        made = train.Run(config, size, data, None, cpu, rank, 1)
+        made.world = 2
+        with monkeypatch.context() as spy:
+            spy.setattr(torch, "manual_seed", seen.append)
+            train.train(made)
+    assert len(seen) == len({*seen}) == 16
+
 # ---- what single flags do
 def test_gradients_are_clipped_to_their_norm(toy, tmp_path, monkeypatch):
     """Right after clipping, the norm of all gradients is the limit, and the logged norm is that before."""
