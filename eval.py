@@ -207,7 +207,7 @@ def read_words(path):
     table, taken = defaultdict(dict), {}
     for column, *cells in zip(header[1:], *(row[1:] for row in rows)):
         name = next((name for name, part in NORMS.items() if re.search(part, column.lower())), column)
-        cells = [None if cell.lower() in ("", "na", "nan") else cell for cell in cells]
+        cells = [None if cell.lower() in ("", "na", "nan", "inf") else cell for cell in cells]
         try:
             cells = [cell if name == "upos" or cell is None else float(cell) for cell in cells]
         except ValueError:
@@ -402,7 +402,7 @@ def read_log(out):
 def evaluate(run, device, root="", tasks=tuple(TASKS), words=None, teacher="", data=""):
     """All that a run knows: its config and {name: number}. Writes summary.json, predictions.json, gates.csv,
     pictures into its folder. Of a checkpoint in it: losses and benchmarks. Without its data: benchmarks."""
-    folder = run if os.path.isdir(run) else os.path.dirname(run).removesuffix(f"{os.sep}checkpoints")
+    folder = run if os.path.isdir(run) else re.sub(r"(/checkpoints)?/[^/]*$", "", os.path.abspath(run))
     path = lambda name: os.path.join(folder, name)
     config = read_json(path("config.json"))
     model = load_model(folder, "best.pt" if folder == run else os.path.relpath(run, folder), device)
@@ -411,7 +411,7 @@ def evaluate(run, device, root="", tasks=tuple(TASKS), words=None, teacher="", d
     scores, predictions = benchmark(model, load_tokenizer(folder), root, tasks)
     if not os.path.isdir(data):
         print(f"{run}: benchmarks only, {data} is not there (--data says where it is now)")
-        return config, scores
+        return config, scores | (load_checkpoint(run)["now"] if folder != run else {})
     data = Data(data)
     same = load_meta(folder)["sha256"] == data.meta["sha256"]
     expect(same, f"{data.folder}: not the data that {folder} was trained on")
@@ -464,7 +464,7 @@ def fold_seeds(runs):
     """[(run, config, {name: number})] -> rows; runs that differ only in their seed are one, mean +- std."""
     groups = defaultdict(list)
     for run, config, numbers in runs:
-        train = config["train"] | dict.fromkeys(("seed", "out", "device"))
+        train = config["train"] | dict.fromkeys("seed out device stop_after compile log_interval".split())
         step = os.path.basename(run) if run.endswith(".pt") else ""
         groups[json.dumps([train, config["model"], step])].append((run, numbers))
     for (run, numbers), *others in groups.values():
@@ -485,8 +485,9 @@ def show_changes(runs):
             for name in b:
                 if name.startswith(("val_loss", *TASKS)) and b[name] is not None:
                     found[f"{name}, change in {b['kind']}"].append(b[name] - a[name])
-        moves.append((folder, config, {name: float(np.mean(x)) for name, x in found.items()}))
-    print_table([*fold_seeds(moves)])
+        moves += [(folder, config, {name: float(np.mean(x)) for name, x in found.items()})] if found else []
+    for row in fold_seeds(moves):
+        print_table([row])
 
 # ---- command line
 def write(run, model, args):
@@ -500,7 +501,7 @@ def write(run, model, args):
         picture = open_picture(args.image)
         features = np.float32(make_encoder(encoder, model.config.n_image_token)([picture]))
         image = torch.from_numpy(features).to(device).expand(n, -1, -1)
-    torch.manual_seed(args.seed)
+    torch.manual_seed(args.seed % 2**63)
     idx = torch.tensor([[encoding.eot_token, *encoding.encode_ordinary(args.prompt)]] * n, device=device)
     expect(idx.size(1) <= block, f"--prompt: {idx.size(1)} tokens do not fit the block of {block}")
     idx = model.generate(idx, block, image, args.temperature, args.top_k, encoding.eot_token).cpu().numpy()
@@ -538,7 +539,9 @@ def main(argv=None):
     args = p.parse_args(argv)
     device, tasks, words = pick_device(args.device), args.tasks.split(","), {}
     expect(set(tasks) <= set(TASKS), f"--tasks {args.tasks}: expected some of {', '.join(TASKS)}")
-    expect(os.path.isdir(args.babylm_eval or "."), f"--babylm_eval {args.babylm_eval}: no such folder")
+    for folder in filter(None, (args.babylm_eval, args.data)):
+        expect(os.path.isdir(folder), f"{folder}: no such folder")
+    expect(args.temperature >= 0 <= min(args.top_k, args.n_sample), "a flag of sampling is below 0")
     if args.image or args.prompt or args.n_sample:
         return [write(run, load_model(run, device=device), args) for run in args.run]
     for path in filter(None, (args.norms, args.upos)):
@@ -548,11 +551,9 @@ def main(argv=None):
     found = [run for run in names if os.path.isfile(run) or os.path.isfile(f"{run}/best.pt")]
     report([run for run in names if run not in found], "folders without a run")
     expect(found, "nothing to score: expected run folders of train.py")
-    more = args.babylm_eval, tasks, words, args.teacher, args.data
-    runs = [(run, *evaluate(run, device, *more)) for run in found]
+    runs = [(x, *evaluate(x, device, args.babylm_eval, tasks, words, args.teacher, args.data)) for x in found]
     print_table([*fold_seeds(runs)])
-    if any(map(os.path.isfile, found)):
-        show_changes(runs)
+    show_changes([run for run in runs if os.path.isfile(run[0])])
     return {run: numbers for run, _, numbers in runs}
 
 if __name__ == "__main__":

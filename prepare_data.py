@@ -359,7 +359,7 @@ def find_files(root):
     found, homes = defaultdict(list), {}
     for folder, _, names in sorted(os.walk(root, followlinks=True)):
         parts = os.path.relpath(folder, root).lower().split(os.sep)
-        at = [i for i, part in enumerate(parts) if re.search("(^|_)(train|dev|val|validation)(_|$)", part)]
+        at = [i for i, part in enumerate(parts) if re.search("(^|_)(train|(dev|val|validation)(_|$))", part)]
         split = "" if not at else "train" if "train" in parts[at[-1]] else "val"
         for name in sorted(names):
             stem, end = os.path.splitext(name.lower())

@@ -101,7 +101,8 @@ def parse(argv):
     parser = argparse.ArgumentParser(argument_default=argparse.SUPPRESS, **options)
     parser.add_argument("--resume", default=False, action="store_true", help="go on with --out, or start it")
     for f in (*fields(TrainConfig), *fields(GateVLMConfig)):
-        values = {"paper": f.default} | {name: p[f.name] for name, p in PRESETS.items() if f.name in p}
+        values = {name: p[f.name] for name, p in PRESETS.items() if f.name in p}
+        values = {"paper" if values else "default": f.default} | values
         text = f.metadata["help"] + f" ({', '.join(f'{name}: {value}' for name, value in values.items())})"
         kind = dict(type=f.type, choices=f.metadata["choices"])
         if f.type is bool:
@@ -226,7 +227,7 @@ def take_weights(model, run, data):
     a, b = (meta["sha256"]["tokenizer.tiktoken"] for meta in (prepare_data.load_meta(run), data.meta))
     expect(a == b, f"--init {run}: its tokenizer is not that of {data.folder}")
     old, fits = load_checkpoint(os.path.join(run, "best.pt"))["model"], {}
-    for name, new in (*model.named_parameters(), *model.named_buffers()):
+    for name, new in model.named_parameters():
         source = old.get(name)
         if name == "position_embedding.weight":
             source, new = source[: len(new)], new[: len(source)]
@@ -241,12 +242,12 @@ class Run:
 
     def __init__(self, config, model_config, data, state, device, rank, world):
         self.config, self.data, self.block_size = config, data, model_config.block_size
-        self.device, self.rank, self.world, self.caught = device, rank, world, []  
+        self.device, self.rank, self.world, self.caught = device, rank, world, []
         torch.manual_seed(config.seed)
         self.model = self.forward = GateVLM(model_config).to(device)
         if model_config.n_image_token and len(rows := np.unique(data.image_row["train"])):
-            rows = rows[:: math.ceil(len(rows) / 2000)]
-            self.model.image_encoder.measure(torch.from_numpy(data.images(rows)))
+            few = data.images(rows[:: math.ceil(len(rows) / 2000)])
+            self.model.image_encoder.measure(torch.from_numpy(few))
         if config.init and not state:
             take_weights(self.model, config.init, data)
         self.optimizers, self.elision = make_optimizers(self.model, config), None
@@ -265,7 +266,7 @@ class Run:
             self.now, old = state["now"], TrainConfig(**state["config"])
             begun = config.kinds[: np.searchsorted(self.starts, self.now["step"])]
             fits = old.kinds.startswith(begun) and self.now["step"] <= len(self.schedule)
-            expect(fits, f"{config.out} is at step {self.now['step']}: what it did cannot become another run")
+            expect(fits, f"{config.out} is at step {self.now['step']}: its past cannot change")
             for name, part in self.parts.items():
                 part.load_state_dict(state[name])
         if config.compile and device.type == "cuda":
@@ -373,7 +374,7 @@ def train(run):
         if run.world > 1:  # a signal may reach one process a step before another
             dist.all_reduce(stop := torch.tensor(float(stop), device=run.device))
         due = lambda interval: step == n_step or step % interval == 0
-        ends = step == n_step or step in run.starts
+        ends = step in run.starts
         keeps = c.keep_checkpoints and (ends or due(c.eval_interval))
         if due(c.log_interval) or due(c.eval_interval) or keeps or stop:
             name = {"T": "loss_text", "C": "loss_caption"}[kind] if kept == 1 else "loss_kept"
@@ -398,7 +399,7 @@ def train(run):
 def settle(resume, flags, out):
     """(values of fields, checkpoint or None) of a run to start in folder out, or to go on with."""
     last = os.path.join(out, "last.pt")
-    expect(not os.path.exists(os.path.join(out, "image.npy")), f"--out {out} is a data folder")
+    expect(not os.path.exists(os.path.join(out, "image.npy")), f"--out {out} holds data")
     if not os.path.exists(last):
         values = PRESETS[flags.get("preset", "toy")] | flags
         if values.get("teacher"):
@@ -415,19 +416,18 @@ def settle(resume, flags, out):
 
 def begin(run, resumed):
     """What a run folder holds before the first step."""
-    c, out, path = run.config, run.config.out, lambda name: os.path.join(run.config.out, name)
-    os.makedirs(path("checkpoints"), exist_ok=True)
+    c, out, step = run.config, run.config.out, run.now["step"]
+    os.makedirs(f"{out}/checkpoints", exist_ok=True)
     for name in "tokenizer.tiktoken", "meta.json":
         shutil.copy(os.path.join(run.data.folder, name), out)
-    prepare_data.write_json(path("config.json"), {"train": asdict(c), "model": asdict(run.model.config)})
+    prepare_data.write_json(f"{out}/config.json", {"train": asdict(c), "model": asdict(run.model.config)})
     lines = evaluation.read_log(out) if resumed else []
-    with open(path("log.jsonl"), "w", encoding="utf-8") as f:  # but for steps that were not saved
-        f.writelines(json.dumps(line) + "\n" for line in lines if line["step"] <= run.now["step"])
+    with open(f"{out}/log.jsonl", "w", encoding="utf-8") as f:  # but for steps that were not saved
+        f.writelines(json.dumps(line) + "\n" for line in lines if line["step"] <= step)
     if not resumed:
         run.save("last.pt", run.parts)
-    n, step, n_step = sum(p.numel() for p in run.model.parameters()), run.now["step"], len(run.schedule)
-    place = f"step {step:,} of {n_step:,}, lr {learning_rate(step, c, n_step):.2g}"
-    print(f"{n:,} parameters on {run.device}; {place}: {c.kinds}")
+    n, lr = sum(map(torch.numel, run.model.parameters())), learning_rate(step, c, len(run.schedule))
+    print(f"{n:,} parameters on {run.device}; step {step:,} of {len(run.schedule):,}, lr {lr:.2g}")
 
 def main(argv=None):
     """Start or resume a run; returns its summary, or None where it stopped."""
@@ -449,8 +449,8 @@ def main(argv=None):
     if rank == 0:
         begin(run, bool(state))
     signals = {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}
-    with ExitStack() as after:  # of which the handlers that were there before are put back
-        for s in signals:
+    with ExitStack() as after:  # the handlers of before are put back; nohup ignores SIGHUP
+        for s in (s for s in signals if signal.getsignal(s) != signal.SIG_IGN):
             after.callback(signal.signal, s, signal.signal(s, lambda number, _: run.caught.append(number)))
         done = train(run)
     if world > 1:

@@ -483,9 +483,24 @@ def test_counts_stand_in_where_a_table_has_no_frequency(toy):
     assert words["never"] == {"upos": "X"} and "is" in words
     assert ev.counted(data, given := {"red": {"frequency": 2.0}}) == given
 
+def test_a_run_beside_its_checkpoints_and_its_best(run, capsys, monkeypatch):
+    """The table of changes is that of the checkpoints; a checkpoint is found from any directory."""
+    paths = sorted(map(str, (run / "checkpoints").iterdir()))
+    ev.main([*paths, "--tasks=ewok"])
+    changes = capsys.readouterr().out.partition("change in")[2]
+    ev.main([str(run), f"{run}/best.pt", *paths, "--tasks=ewok"])
+    assert "val_loss_caption" in changes and capsys.readouterr().out.partition("change in")[2] == changes
+    monkeypatch.chdir(run)
+    assert len(ev.main(["best.pt", "checkpoints/step_00000003.pt", "--tasks=ewok"])) == 2
+
+@cases("flag", ["--temperature=-1", "--temperature=nan", "--top_k=-5", "--n_sample=-1", "--data=nowhere"])
+def test_flags_of_sampling_have_a_range(run, flag):
+    with raises(InputError):
+        ev.main([str(run), "--prompt=the", flag])
+
 def test_the_same_run_twice_is_one_and_a_wrong_folder_is_told(run, tmp):
     assert [*ev.main([str(run), f"{run}/.", "--tasks=ewok"])] == [str(run)]
-    with raises(InputError, match="--babylm_eval nowhere: no such folder"):
+    with raises(InputError, match="^nowhere: no such folder"):
         ev.main([str(run), "--babylm_eval=nowhere"])
 
 @cases("gate", ["none", "soft-token"])

@@ -88,8 +88,8 @@ def test_every_field_is_a_flag_with_its_help_and_its_value_in_every_preset(capsy
         train.main(["--help"])
     text = "".join(capsys.readouterr().out.split())  # lines are wrapped, also at hyphens
     for f in flag_fields():
-        values = [f"paper: {f.default}"]
-        values += [f"{name}: {preset[f.name]}" for name, preset in train.PRESETS.items() if f.name in preset]
+        values = [f"{name}: {preset[f.name]}" for name, preset in train.PRESETS.items() if f.name in preset]
+        values = [f"{'paper' if values else 'default'}: {f.default}", *values]
         shown = f"{f.metadata['help']} ({', '.join(values)})"
         assert f"--{f.name}" in text and "".join(shown.split()) in text, f.name
     assert "--vocab_size" not in text and "--image_dim" not in text
@@ -360,6 +360,14 @@ def test_best_is_the_lowest_validation_loss(finished, toy):
         losses[best], 1e-6
     )
 
+def test_best_stays_when_the_loss_rises(toy, tmp_path, monkeypatch):
+    losses = iter([3.0, 1.0, 2.0, 1.5])
+    validate = lambda *args, **more: {"val_loss_caption": next(losses, 9.0), "val_loss_text": None}
+    monkeypatch.setattr(evaluation, "validate", validate)
+    run(tmp_path / "run", toy, "--curriculum C --eval_interval 1")
+    found = [load_checkpoint(str(tmp_path / "run" / name))["now"] for name in ("best.pt", "last.pt")]
+    assert [(now["step"], now["best_step"], now["best"]) for now in found] == [(2, 2, 1.0), (4, 2, 1.0)]
+
 def test_checkpoints_of_every_evaluation_and_epoch_say_where_they_stand(finished):
     ends = [
         i + 1
@@ -528,7 +536,7 @@ def test_a_model_with_eyes_starts_from_a_text_run(toy, tmp_path, teacher, capsys
     blocks = "ln1 attn.query attn.key_value attn.proj ln2 mlp"
     names = ["token_embedding", "position_embedding", *(f"blocks.{name}" for name in blocks.split()), "ln"]
     assert taken.split(", ") == names
-    assert {"image_encoder.proj", "blocks.look.gate", "blocks.look.ln"} <= {*fresh.split(", ")}
+    assert {"image_encoder.proj", "blocks.look.gate.linear", "blocks.look.ln"} <= {*fresh.split(", ")}
     seeing = evaluation.validate(load_model(tmp_path / "run", "last.pt"), data, views=("none",))
     assert seeing["val_loss_caption_none_image"] == pytest.approx(blind["val_loss_caption"], rel=1e-6)
     assert seeing["val_loss_text"] == pytest.approx(blind["val_loss_text"], rel=1e-6)
@@ -540,6 +548,14 @@ def test_another_block_takes_the_positions_that_exist(toy, tmp_path, teacher, bl
     old, new = (load_model(folder).position_embedding.weight for folder in (teacher, tmp_path / "run"))
     n = min(16, block_size)
     assert torch.allclose(old[:n], new[:n], atol=1e-6) and len(new) == block_size
+
+def test_image_statistics_are_those_of_the_new_data(toy, tmp_path):
+    run(tmp_path / "one", toy, "--curriculum C --max_steps 1")
+    other = shutil.copytree(toy, tmp_path / "data")
+    np.save(other / "image.npy", 1 - 0.5 * np.load(other / "image.npy"))
+    run(tmp_path / "two", other, f"--curriculum C --max_steps 1 --init {tmp_path}/one")
+    one, two = (state(tmp_path / name)["model"] for name in ("one", "two"))
+    assert torch.allclose(two["image_encoder.mean"], 1 - 0.5 * one["image_encoder.mean"], atol=1e-3)
 
 def test_another_tokenizer_is_no_start(other, tmp_path, teacher):
     flags = [*TINY.split(), "--data", other, "--out", tmp_path / "run", "--init", teacher]
@@ -778,6 +794,20 @@ def test_ctrl_c_and_a_closed_terminal_save_too(toy, tmp_path, monkeypatch, sent)
     resume(tmp_path / "run")
     run(tmp_path / "whole", toy, "--curriculum CC")
     assert same(state(tmp_path / "run"), state(tmp_path / "whole"))
+
+def test_what_the_shell_ignores_stays_ignored(toy, tmp_path, monkeypatch):
+    """As nohup does with SIGHUP."""
+    before, gradients = signal.signal(signal.SIGHUP, signal.SIG_IGN), train.Run.gradients
+    spy = lambda *args: os.kill(os.getpid(), signal.SIGHUP) or gradients(*args)
+    monkeypatch.setattr(train.Run, "gradients", spy)
+    assert run(tmp_path / "run", toy, "--curriculum C --max_steps 2")["step"] == 2
+    signal.signal(signal.SIGHUP, before)
+
+def test_the_end_of_a_cut_schedule_is_no_end_of_an_epoch(toy, tmp_path):
+    run(tmp_path / "run", toy, "--curriculum CT --max_steps 3 --keep_checkpoints")  # an epoch of captions: 4
+    resume(tmp_path / "run", "--max_steps 0")
+    found = [load_checkpoint(path)["now"] for path in sorted((tmp_path / "run" / "checkpoints").iterdir())]
+    assert [(now["step"], now["ends_epoch"]) for now in found] == [(3, False), (4, True), (7, True)]
 
 def test_killed_again_and_again_is_never_killed(toy, tmp_path, pytestconfig):
     """SIGKILL at random moments, also while it saves; --resume ends with the weights of a run left alone."""
