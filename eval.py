@@ -19,8 +19,8 @@ import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from gatevlm import InputError, expect, load_checkpoint, load_model, pick_device, run_script
-from prepare_data import Data, check_text, load_meta, load_npy, load_tokenizer, make_encoder, open_picture
-from prepare_data import read_json, read_lines, read_rows, report, unpatch, write_json
+from prepare_data import EOT, Data, check_text, load_meta, load_npy, load_tokenizer, make_encoder
+from prepare_data import open_picture, read_json, read_lines, read_rows, report, unpatch, write_json
 
 # the fields of an item: its group (if none, the name of its file), context, right option, wrong one or ones
 SIGHT = dict(winoground=("", "", "caption_0", "caption_1"), vqa=("", "question", "target_ans", "distractors"))
@@ -65,15 +65,15 @@ def caption_losses(model, data, split, ids, view="image"):
             result[n] = loss[: length[n]], gate[: length[n]]
     return result
 
-def validate(model, data, most=math.inf, views=("image",)):
-    """Losses in nats per token of held-out text and, per view, captions: all, or evenly spread ones of about
-    most tokens. None for what the data do not have."""
+def validate(model, data, most=math.inf, seen=None):
+    """Losses in nats per token of held-out text and captions: evenly spread ones of about most tokens, or
+    those seen, {view: caption_losses}. None for what the data do not have."""
     block, n = model.config.block_size, len(data.text["val"]) - 1
     length, found = data.lengths("val", block), {}
     ids = np.arange(0, len(length), max(1, math.ceil(length.sum() / most)))
-    for view in views:
+    for view, result in (seen or {"image": caption_losses(model, data, "val", ids)}).items():
         name = "val_loss_caption" if view == "image" else f"val_loss_caption_{view}_image"
-        found[name] = [loss for loss, _ in caption_losses(model, data, "val", ids, view)]
+        found[name] = [loss for loss, _ in result]
     starts, found["val_loss_text"] = np.arange(0, max(0, n), block)[:: max(1, math.ceil(n / most))], []
     for i in range(0, len(starts), 64):
         idx, targets, _ = data.batch("T", "val", starts[i : i + 64], block)
@@ -229,13 +229,12 @@ def counted(data, words):
         count.update(word.lower() for word, *_ in words_of(captions[start:stop], data.encoding))
     return words | {word: words.get(word, {}) | {"frequency": math.log10(n)} for word, n in count.items()}
 
-def word_table(model, data, words=None, teacher=None):
-    """A row per word of the held-out captions (gates.csv): class, norms, gate, losses in nats with the image,
-    without it, and of a teacher, where its first token is predicted."""
-    ids, rows, words = np.arange(len(data.image_row["val"])), [], words or {}
+def word_table(model, data, seen, words, teacher=None):
+    """A row per word of held-out captions, seen as {view: caption_losses}, for gates.csv: class, norms, gate,
+    losses in nats with the image, without, of a teacher at its first token."""
+    ids, rows = np.arange(len(data.image_row["val"])), []
     upos = {word: row["upos"] for word, row in words.items() if "upos" in row} or data.meta.get("upos")
-    views = {"loss": caption_losses(model, data, "val", ids)}
-    views["loss_no_image"] = caption_losses(model, data, "val", ids, "none")
+    views = {"loss": seen["image"], "loss_no_image": seen["none"]}
     if teacher:
         views["loss_teacher"] = caption_losses(teacher, data, "val", ids, "none")
     block = min(m.config.block_size for m in (model, teacher or model))
@@ -270,8 +269,7 @@ def kruskal_wallis(groups):
     if df < 1 or varies == 0:
         return None
     parts = np.split(ranks(x), np.cumsum([len(group) for group in groups])[:-1])
-    H = (12 / (n * (n + 1)) * sum(part.sum() ** 2 / len(part) for part in parts) - 3 * (n + 1)) / varies
-    return float(H)
+    return float((12 / (n * (n + 1)) * sum(x.sum() ** 2 / len(x) for x in parts) - 3 * (n + 1)) / varies)
 
 def regression(columns, y):
     """R2 and coefficients {name: b} of least squares of y (n,) on columns {name: (n,)}."""
@@ -417,8 +415,10 @@ def evaluate(run, device, root="", tasks=tuple(TASKS), words=None, teacher="", d
     expect(same, f"{data.folder}: not the data that {folder} was trained on")
     if folder != run:
         return config, load_checkpoint(run)["now"] | validate(model, data, 50000) | scores
-    others = ("none", "other")[: len(np.unique(data.image_row["val"]))]  # a single picture has no other
-    numbers = validate(model, data, views=("image", *others))
+    ids, n = np.arange(len(data.image_row["val"])), len(np.unique(data.image_row["val"]))
+    views = ("image", "none", "other")[: 1 + n]  # one picture has no other
+    seen = {view: caption_losses(model, data, "val", ids, view) for view in views}
+    numbers = validate(model, data, seen=seen)
     whole = data.lengths("val", math.inf).max(initial=0) <= model.config.block_size
     if "floor_with_image" in data.meta and whole:  # the floors are those of whole captions
         low, high = (data.meta[name] for name in ("floor_with_image", "floor_text_only"))
@@ -434,7 +434,7 @@ def evaluate(run, device, root="", tasks=tuple(TASKS), words=None, teacher="", d
     draw_curves(path("loss.png"), curves | floors)
     if model.gated and len(data.image_row["val"]):
         judge = load_teacher(teacher, data, device) if teacher else None
-        rows = word_table(model, data, counted(data, words or {}), judge)
+        rows = word_table(model, data, seen, counted(data, words or {}), judge)
         with open(path("gates.csv"), "w", encoding="utf-8", newline="") as f:
             table = csv.DictWriter(f, dict.fromkeys(name for row in rows for name in row))
             table.writeheader()
@@ -491,8 +491,8 @@ def show_changes(runs):
 
 # ---- command line
 def write(run, model, args):
-    """Print texts that go on from a prompt or, of a picture, captions; of the first caption also words and
-    gates, which are drawn into caption.png."""
+    """Print texts that go on from a prompt or, of a picture, captions; of the first also words and gates,
+    drawn into caption.png."""
     encoding, n, block, image = load_tokenizer(run), max(1, args.n_sample), model.config.block_size, None
     encoder, device = load_meta(run)["encoder"], next(model.parameters()).device
     if args.image:
@@ -506,7 +506,7 @@ def write(run, model, args):
     expect(idx.size(1) <= block, f"--prompt: {idx.size(1)} tokens do not fit the block of {block}")
     idx = model.generate(idx, block, image, args.temperature, args.top_k, encoding.eot_token).cpu().numpy()
     for row in idx[:, 1:].tolist():
-        print(encoding.decode(row).split("<|endoftext|>")[0])
+        print(encoding.decode(row).split(EOT)[0])
     if args.image and model.gated:
         _, (gate,) = read(model, idx[:1, :-1], idx[:1, 1:], features)
         words = [(word, float(gate[first])) for word, first, _ in words_of(idx[0, 1:], encoding)]

@@ -204,12 +204,12 @@ def make_optimizers(model, config):
     """{name: optimizer}: AdamW, and Muon for the hidden matrices. Vectors and scalars do not decay."""
     linears = [(name, m.weight) for name, m in model.named_modules() if isinstance(m, torch.nn.Linear)]
     muon = config.optimizer == "muon"
-    hidden = [p for name, p in linears if muon and name != "head" and ".gate." not in name]
-    rest = [p for p in model.parameters() if p not in set(hidden)]
+    hidden = {p: name for name, p in linears if muon and name != "head" and ".gate." not in name}
+    rest = [p for p in model.parameters() if p not in hidden]
     groups = [dict(params=[p for p in rest if p.dim() >= 2], weight_decay=config.weight_decay)]
     groups += [dict(params=[p for p in rest if p.dim() < 2], weight_decay=0.0)]
     adamw = torch.optim.AdamW(groups, config.lr, (0.9, config.beta2), fused=rest[0].device.type != "mps")
-    return {"adamw": adamw} | ({"muon": Muon(hidden, config.lr, config.weight_decay)} if muon else {})
+    return {"adamw": adamw} | ({"muon": Muon([*hidden], config.lr, config.weight_decay)} if muon else {})
 
 # ---- the loop
 def teacher_losses(config, data, device):

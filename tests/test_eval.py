@@ -229,10 +229,14 @@ def test_a_table_with_commas(tmp):
     with raises(InputError, match=r"\A.*/t: expected a header, .*\Z"):
         ev.read_words(write(tmp / "t", "word,x", "red,1,2"))
 
+def seen_of(model, data):
+    ids = np.arange(len(data.image_row["val"]))
+    return {view: ev.caption_losses(model, data, "val", ids, view) for view in ("image", "none")}
+
 def test_a_row_per_word_has_what_its_caption_has_alone(toy):
     model, teacher, data = make(toy), make(toy, 1, n_image_token=0), Data(toy)
     text, split = lambda ids: data.encoding.decode([*ids]), re.compile("[a-z]+|[?.]").findall
-    table = ev.word_table(model, data, ev.counted(data, {}), teacher)
+    table = ev.word_table(model, data, seen_of(model, data), ev.counted(data, {}), teacher)
     said = split(text(data.captions["train"]))
     views = alone(model, data), alone(model, data, "none"), alone(teacher, data, "none")
     for n, ((ids, loss, gates), (_, blind, _), (_, teach, _)) in enumerate(zip(*views)):
@@ -472,7 +476,7 @@ def test_other_data_are_refused(run, toy16):
 
 def test_a_teacher_with_a_shorter_block_judges_what_it_reads(toy):
     model, teacher, data = make(toy), make(toy, 1, n_image_token=0, block_size=7), Data(toy)
-    table = ev.word_table(model, data, {}, teacher)
+    table = ev.word_table(model, data, seen_of(model, data), {}, teacher)
     assert max(row["position"] for row in table) == 6 and all(row["loss_teacher"] > 0 for row in table)
 
 def test_counts_stand_in_where_a_table_has_no_frequency(toy):

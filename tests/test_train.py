@@ -530,14 +530,16 @@ def test_a_run_killed_before_its_first_save_is_resumed_as_it_was(toy, tmp_path, 
 def test_a_model_with_eyes_starts_from_a_text_run(toy, tmp_path, teacher, capsys):
     """Its decoder is taken, image modules start fresh: without pictures it is the text run's model."""
     data = prepare_data.Data(toy)
-    found, blind = [], evaluation.validate(load_model(teacher), data)
+    blind = evaluation.validate(load_model(teacher), data)
     run(tmp_path / "run", toy, f"--curriculum C --init {teacher} --lr 1e-12 --max_steps 1 --weight_decay 0")
     taken, fresh = re.findall("(?:taken from .*|starts fresh): (.*)", capsys.readouterr().out)
     blocks = "ln1 attn.query attn.key_value attn.proj ln2 mlp"
     names = ["token_embedding", "position_embedding", *(f"blocks.{name}" for name in blocks.split()), "ln"]
     assert taken.split(", ") == names
     assert {"image_encoder.proj", "blocks.look.gate.linear", "blocks.look.ln"} <= {*fresh.split(", ")}
-    seeing = evaluation.validate(load_model(tmp_path / "run", "last.pt"), data, views=("none",))
+    model, ids = load_model(tmp_path / "run", "last.pt"), np.arange(len(data.image_row["val"]))
+    seen = {"none": evaluation.caption_losses(model, data, "val", ids, "none")}
+    seeing = evaluation.validate(model, data, seen=seen)
     assert seeing["val_loss_caption_none_image"] == pytest.approx(blind["val_loss_caption"], rel=1e-6)
     assert seeing["val_loss_text"] == pytest.approx(blind["val_loss_text"], rel=1e-6)
 
