@@ -67,7 +67,7 @@ def caption_losses(model, data, split, ids, view="image"):
 
 def validate(model, data, most=math.inf, seen=None):
     """Losses in nats per token of held-out text and captions: evenly spread ones of about most tokens, or
-    those seen, {view: caption_losses}. None for what the data do not have."""
+    those seen, {view: caption_losses}. None for what there is not."""
     block, n = model.config.block_size, len(data.text["val"]) - 1
     length, found = data.lengths("val", block), {}
     ids = np.arange(0, len(length), max(1, math.ceil(length.sum() / most)))
