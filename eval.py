@@ -67,7 +67,7 @@ def caption_losses(model, data, split, ids, view="image"):
 
 def validate(model, data, most=math.inf, seen=None):
     """Losses in nats per token of held-out text and captions: evenly spread ones of about most tokens, or
-    those seen, {view: caption_losses}. None for what there is not."""
+    those seen {view: caption_losses}. None where there are none."""
     block, n = model.config.block_size, len(data.text["val"]) - 1
     length, found = data.lengths("val", block), {}
     ids = np.arange(0, len(length), max(1, math.ceil(length.sum() / most)))
@@ -416,7 +416,7 @@ def evaluate(run, device, root="", tasks=tuple(TASKS), words=None, teacher="", d
     if folder != run:
         return config, load_checkpoint(run)["now"] | validate(model, data, 50000) | scores
     ids, n = np.arange(len(data.image_row["val"])), len(np.unique(data.image_row["val"]))
-    views = ("image", "none", "other")[: 1 + n]  # one picture has no other
+    views = ("image", "none", "other")[: 1 + n]  # one has no other
     seen = {view: caption_losses(model, data, "val", ids, view) for view in views}
     numbers = validate(model, data, seen=seen)
     whole = data.lengths("val", math.inf).max(initial=0) <= model.config.block_size
