@@ -12,7 +12,7 @@ import json
 import math
 import os
 import re
-from collections import Counter, defaultdict
+from collections import defaultdict
 
 import numpy as np
 import torch
@@ -84,7 +84,9 @@ def validate(model, data, most=math.inf, seen=None):
 def read_item(task, row, name):
     """A line of a benchmark -> uid, context, options, image (index into the states, or None), tag."""
     group, context, right, wrong = TASKS[task]
-    item = {"uid": row[group] if group else name, "tag": row.get("collapsed_tag") or "", "image": None}
+    item = {"uid": row[group] if group else name, "image": None}
+    tag = row.get("collapsed_tag") or row.get("linguistics_term") or ""  # one of BLiMP's 12 phenomena
+    item["tag"] = tag.replace("s-selection", "argument_structure")
     item["context"] = row[context] if context else ""
     item["options"] = [row[right], *row[wrong]] if task == "vqa" else [row[right], row[wrong]]
     for text in (item["uid"], item["context"] or "none", *item["options"]):
@@ -142,9 +144,11 @@ def accuracies(task, items, scores):
     """{name: percent right} of a task and its groups. The first option is right, and a tie is, too."""
     right, groups = 100.0 * np.array([np.argmax(x) == 0 for x in scores]), defaultdict(list)
     for item, x in zip(items, right):
-        groups[item["tag" if task in SIGHT else "uid"]].append(x)
-    groups = {f"{task}: {name}": float(np.mean(x)) for name, x in sorted(groups.items()) if name}
-    result = {task: float(right.mean() if task in SIGHT else np.mean(list(groups.values())))} | groups
+        for name in {item["tag"], item["tag" if task in SIGHT else "uid"]}:
+            groups[name].append(x)
+    means = {name: float(np.mean(x)) for name, x in sorted(groups.items()) if name}
+    whole = right if task in SIGHT else [means[x] for x in sorted({item["uid"] for item in items})]
+    result = {task: float(np.mean(whole))} | {f"{task}: {name}": x for name, x in means.items()}
     if task == "winoground":  # an item stands twice, once per image, each time its own caption first
         of = {item["image"]: x for item, x in zip(items, scores)}
         pairs = [i for i, key in of if key == 0 and (i, 1) in of]
@@ -220,15 +224,6 @@ def read_words(path):
     report([column for column in header[1:] if column not in taken.values()], f"columns of {path}")
     return table
 
-def counted(data, words):
-    """words {word: norms}; if no row has a frequency, with log10 of counts in the training captions."""
-    if any("frequency" in row for row in words.values()):
-        return words
-    count, offset, captions = Counter(), data.offset["train"], data.captions["train"]
-    for start, stop in zip(offset, offset[1:]):
-        count.update(word.lower() for word, *_ in words_of(captions[start:stop], data.encoding))
-    return words | {word: words.get(word, {}) | {"frequency": math.log10(n)} for word, n in count.items()}
-
 def word_table(model, data, seen, words, teacher=None):
     """A row per word of held-out captions, seen as {view: caption_losses}, for gates.csv: class, norms, gate,
     losses in nats with the image, without, of a teacher at its first token."""
@@ -262,14 +257,14 @@ def spearman(x, y):
     return float(np.corrcoef(ranks(x), ranks(y))[0, 1]) if varies else None
 
 def kruskal_wallis(groups):
-    """Do groups [(n_i,)] differ in rank? H, which grows with n, corrected for ties; None: no variance."""
-    x, df = np.concatenate([*groups, []]), len(groups) - 1
-    n, ties = len(x), np.unique(x, return_counts=True)[1].astype(float)
-    varies = 1 - (ties**3 - ties).sum() / max(1, n**3 - n)
-    if df < 1 or varies == 0:
+    """Do groups [(n_i,)] differ in rank? H, n - 1 times the share of variance of the ranks that is between
+    them; None where there is no variance."""
+    r = ranks(np.concatenate([*groups, []]))
+    if len(groups) < 2 or np.ptp(r) == 0:
         return None
-    parts = np.split(ranks(x), np.cumsum([len(group) for group in groups])[:-1])
-    return float((12 / (n * (n + 1)) * sum(x.sum() ** 2 / len(x) for x in parts) - 3 * (n + 1)) / varies)
+    parts = np.split(r, np.cumsum([len(group) for group in groups])[:-1])
+    between = sum(len(x) * (x.mean() - r.mean()) ** 2 for x in parts)
+    return float((len(r) - 1) * between / ((r - r.mean()) ** 2).sum())
 
 def regression(columns, y):
     """R2 and coefficients {name: b} of least squares of y (n,) on columns {name: (n,)}."""
@@ -300,15 +295,12 @@ def gate_report(rows):
     predictors = [name for name in ("norm concreteness", "norm frequency") if f"rho {name[5:]}" in found]
     known = [word for word in words if word["class"] != "other" and all(name in word for name in predictors)]
     x, y = {"class": 1.0 * (column("class", known) == "content")}, column("gate", known)
-    for name in predictors:
-        z = column(name, known)
-        x[name[5:]] = (z - z.mean()) / (z.std() or 1)
-    picks = [pick for k in range(1, len(x) + 1) for pick in itertools.combinations(x, k)]
-    terms = {" x ".join(pick): np.prod([x[name] for name in pick], axis=0) for pick in picks}
-    found["R2"], fit = regression(terms, y)
+    norms = {name[5:]: column(name, known) for name in predictors}
+    x |= {name: (z - z.mean()) / (z.std() or 1) for name, z in norms.items()}
+    found["R2"], fit = regression(x, y)
     found |= {f"b {name}": b for name, b in fit.items()}
-    for name in x if fit else ():  # the share of variance that it and its interactions alone explain
-        less, _ = regression({term: v for term, v in terms.items() if name not in term.split(" x ")}, y)
+    for name in x if fit else ():  # the share of variance that it alone explains
+        less, _ = regression({other: x[other] for other in x if other != name}, y)
         found[f"R2 lost without {name}"] = found["R2"] - less
 
     # the two papers: does the gate look where the image saves loss, and where a teacher cannot predict?
@@ -372,16 +364,20 @@ def draw_curves(path, series):
         draw.text((768, last), f"{label} {line[-1][1]:.3g}", color, font(14), anchor="lm")
     canvas.save(path)
 
-def gate_picture(path, model, data, caption=None, split="val", keep=None):
-    """Draw the gates of a caption, for None the longest of a hundred; keep: positions that elision runs."""
+def gate_picture(path, model, data, caption=None, split="val", elision=None):
+    """Draw the gates of a caption, for None the longest of a hundred; struck out is what elision drops."""
     block, names = model.config.block_size, data.meta.get("pictures")
     ids = np.array([np.argmax(data.lengths(split, block)[:100]) if caption is None else caption])
     ((_, gate),), row = caption_losses(model, data, split, ids), data.image_row[split][ids[0]]
-    words = words_of(data.batch("C", split, ids, block)[1][0], data.encoding)
+    _, targets, place = data.batch("C", split, ids, block)
+    words, kept = words_of(targets[0], data.encoding), None
     picture = unpatch(data.image[row]) if data.meta["encoder"] == "pixels" else None
     if names and os.path.isfile(names[row]):
         picture = open_picture(names[row])
-    kept = None if keep is None else [bool({*range(first, stop)} & {*keep}) for _, first, stop in words]
+    if elision:
+        place, own = torch.from_numpy(place), elision.config.elide_by == "own"
+        keep = elision.choose(place, place >= 0, elision.n_keep(targets[0].size)).tolist()[0]
+        kept = [first + own in keep for _, first, _ in words]  # its first token
     draw_gates(path, [word for word, *_ in words], [gate[first] for _, first, _ in words], picture, kept)
 
 # ---- what a run knows
@@ -434,7 +430,7 @@ def evaluate(run, device, root="", tasks=tuple(TASKS), words=None, teacher="", d
     draw_curves(path("loss.png"), curves | floors)
     if model.gated and len(data.image_row["val"]):
         judge = load_teacher(teacher, data, device) if teacher else None
-        rows = word_table(model, data, seen, counted(data, words or {}), judge)
+        rows = word_table(model, data, seen, words or {}, judge)
         with open(path("gates.csv"), "w", encoding="utf-8", newline="") as f:
             table = csv.DictWriter(f, dict.fromkeys(name for row in rows for name in row))
             table.writeheader()
@@ -505,8 +501,7 @@ def write(run, model, args):
     idx = torch.tensor([[encoding.eot_token, *encoding.encode_ordinary(args.prompt)]] * n, device=device)
     expect(idx.size(1) <= block, f"--prompt: {idx.size(1)} tokens do not fit the block of {block}")
     idx = model.generate(idx, block, image, args.temperature, args.top_k, encoding.eot_token).cpu().numpy()
-    for row in idx[:, 1:].tolist():
-        print(encoding.decode(row).split(EOT)[0])
+    print(*(encoding.decode(row).split(EOT)[0] for row in idx[:, 1:].tolist()), sep="\n")
     if args.image and model.gated:
         _, (gate,) = read(model, idx[:1, :-1], idx[:1, 1:], features)
         words = [(word, float(gate[first])) for word, first, _ in words_of(idx[0, 1:], encoding)]

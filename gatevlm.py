@@ -187,7 +187,7 @@ class ImageEncoder(nn.Module):
             self.channels = nn.Sequential(nn.Linear(D, r), nn.ReLU(), nn.Linear(r, D), nn.Sigmoid())
 
     def measure(self, image):
-        mean, std = image.flatten(0, 1).mean(dim=0), image.flatten(0, 1).std(dim=0, correction=0)
+        std, mean = torch.std_mean(image.flatten(0, 1), dim=0, correction=0)
         self.mean.copy_(mean)
         self.std.copy_(std + 1e-3 * std.mean() + 1e-12)  # a constant is not blown up
 
@@ -265,14 +265,13 @@ class GateVLM(nn.Module):
         expect(image is None or c.n_image_token and image.shape == shape, f"the model takes images {shape}")
         position = torch.arange(T, device=idx.device)
         h = self.drop(self.token_embedding(idx) + self.position_embedding(position))  # (B, T, D)
-        context = mask = None
+        context, mask, gates = None, None, []
         if keep is not None:
             at = keep[..., None].expand(-1, -1, c.n_embd)
             embedded, h = h, h.gather(1, at)  # (B, T, D), (B, k, D)
             idx, targets = idx.gather(1, keep), None if targets is None else targets.gather(1, keep)
             mask = (position <= keep[..., None])[:, None] if visible else None  # (B, 1, k, T)
         image = None if image is None else self.image_encoder(image)  # (B, K, D)
-        gates = []
         for i, block in enumerate(self.blocks):
             if mask is not None:
                 context = embedded.scatter(1, at, h)
@@ -312,12 +311,12 @@ class GateVLM(nn.Module):
         done = torch.zeros(len(idx), dtype=torch.bool, device=idx.device)
         for _ in range(min(max_new_tokens, self.config.block_size - idx.size(1))):
             logits = self(idx, image).logits[:, -1]  # (B, V)
+            if top_k:
+                least = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]
+                logits = logits.masked_fill(logits < least, -math.inf)
             if temperature == 0:
                 token = logits.argmax(dim=-1)
             else:
-                if top_k:
-                    least = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]
-                    logits = logits.masked_fill(logits < least, -math.inf)
                 token = torch.multinomial(F.softmax(logits / temperature, dim=-1), 1)[:, 0]
             if eot is not None:
                 token = token.masked_fill(done, eot)
@@ -331,15 +330,14 @@ class GateVLM(nn.Module):
 class Elision(nn.Module):
     """A score for every token of the training captions, which lie back to back in one stream of n_token:
         d = m + lambda * l_ref    m: moving average of the student's loss, l_ref: loss of a text-only teacher
-    Controls: ema (m alone), ref (l_ref alone), random. Its state_dict is all that a checkpoint needs."""
+    Controls: ema (m alone), ref (l_ref alone), random."""
 
     def __init__(self, config, n_token, teacher=None):
         super().__init__()
-        self.config = config  # of train.py: elide, keep_ratio and the elide_* numbers
+        self.config = config  # of train.py
         self.register_buffer("average", torch.zeros(n_token))
         self.register_buffer("count", torch.zeros(n_token, dtype=torch.int32))
-        teacher = torch.zeros(n_token) if teacher is None else teacher.float()
-        self.register_buffer("teacher", teacher)
+        self.register_buffer("teacher", torch.zeros(n_token) if teacher is None else teacher.float())
 
     def is_dense(self, n):
         """Does caption step n run every token? After a warm-up each cycle begins with dense steps."""
@@ -348,24 +346,27 @@ class Elision(nn.Module):
 
     def score(self, place):
         c, teacher, n = self.config, self.teacher[place], self.count[place]
-        if c.elide == "random":
-            return torch.rand_like(teacher)
-        if c.elide == "ref":
-            return teacher
         m = self.average[place] / (1 - c.elide_beta ** n).clamp(min=1e-9)  # corrected for its start at 0
-        if c.elide == "ema":  # tokens that were never run come first, in an order as good as random: a hash
-            return torch.where(n > 0, m, 1000 + (place % 65521) ** 2 * 40503 % 65521 / 65521)
-        return torch.where(n > 0, m, teacher) + c.elide_lambda * teacher
+        first = 1000 + (place % 65521) ** 2 * 40503 % 65521 / 65521  # in an order as good as random
+        m = torch.where(n > 0, m, teacher if c.elide == "regate" else first)
+        scores = {"regate": m + c.elide_lambda * teacher, "ema": m, "ref": teacher}
+        return scores.get(c.elide, torch.rand_like(m))
+
+    def n_keep(self, length):
+        """How many tokens of each caption a step runs, for captions of this mean length."""
+        return max(1, round(self.config.keep_ratio * length))
 
     def choose(self, place, real, k):
-        """place (B,T) of the targets in the stream, real (B,T) -> positions to keep (B,k), ascending.
-        Position t is kept for what it predicts, targets[:, t]; padding comes last of all."""
-        return self.score(place).masked_fill(~real, -math.inf).topk(k, dim=1).indices.sort(dim=1).values
+        """place (B,T) of the targets in the stream, real (B,T) -> positions to keep (B,k), ascending; padding
+        comes last of all. A token is kept by its own score, <eot> always, or by that of its target."""
+        score = self.score(place)
+        if self.config.elide_by == "own":
+            score = F.pad(score[:, :-1], (1, 0), value=math.inf)
+        return score.masked_fill(~real, -math.inf).topk(k, dim=1).indices.sort(dim=1).values
 
     def update(self, place, losses):
         """After a step: losses (N,) of the tokens run, at place (N,). m <- beta m + (1 - beta) loss"""
-        beta = self.config.elide_beta
-        self.average[place] = beta * self.average[place] + (1 - beta) * losses
+        self.average[place] = self.average[place].lerp(losses, 1 - self.config.elide_beta)
         self.count[place] += 1
 
 # ---- devices, save and load
@@ -374,7 +375,7 @@ def pick_device(name, local_rank=0):
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
-        device = torch.device(name, local_rank) if name == "cuda" else torch.device(name)
+        device = torch.device(f"cuda:{local_rank}" if name == "cuda" else name)
         torch.zeros(1, device=device)
         if name == "cuda":
             torch.cuda.set_device(device)
@@ -410,8 +411,7 @@ def load_checkpoint(path):
 
 def load_model(run, name="best.pt", device="cpu"):
     """The model of a run folder, in eval mode: load_model("out/toy")."""
-    path = os.path.join(run, name)
-    checkpoint = load_checkpoint(path)
+    checkpoint = load_checkpoint(path := os.path.join(run, name))
     try:
         model = GateVLM(GateVLMConfig(**checkpoint["model_config"]))
         model.load_state_dict(checkpoint["model"])

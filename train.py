@@ -54,6 +54,7 @@ class TrainConfig:
     weight_decay: float = option(0.01, "decay of matrices, per step and learning rate")
     beta2: float = option(0.999, "AdamW: decay of the squared gradient average")
     elide: str = option("none", "token elision: the score that chooses", ELIDE)
+    elide_by: str = option("own", "elide: keep a token by its own score or its target's", ("own", "target"))
     teacher: str = option("", "run folder of a text-only teacher; elide becomes regate")
     keep_ratio: float = option(0.5, "elide: share of each caption that an elided step runs", least=1e-6)
     elide_visible: bool = option(False, "elide: dropped tokens stay visible to self-attention")
@@ -301,7 +302,7 @@ class Run:
         length = np.full(len(rows), self.block_size)
         if kind == "C":
             length = self.data.lengths("train", self.block_size, rows)
-        k = max(1, round(c.keep_ratio * length.mean())) if elided else self.block_size  # run per row
+        k = self.elision.n_keep(length.mean()) if elided else self.block_size  # run per row
         n, n_run = int(length.sum()), int(np.minimum(length, k).sum())
         for micro in range(c.grad_accum):
             mine = rows[micro * world + self.rank :: c.grad_accum * world]
@@ -454,14 +455,12 @@ def main(argv=None):
             after.callback(signal.signal, s, signal.signal(s, lambda number, _: run.caught.append(number)))
         done = train(run)
     if world > 1:
+        dist.barrier()  # a process that ended while gloo still held a tensor of it would abort
         dist.destroy_process_group()
     if rank or not done:
         return None
     if run.elision and run.model.gated and "C" in run.schedule:  # what a step drops
-        place = torch.arange(int(data.lengths("train", run.block_size, 0)))[None]  # (1, T)
-        k = max(1, round(run.config.keep_ratio * place.size(1)))
-        keep = run.elision.cpu().choose(place, place >= 0, k)[0].tolist()
-        evaluation.gate_picture(os.path.join(out, "kept.png"), run.model, data, 0, "train", keep)
+        evaluation.gate_picture(f"{out}/kept.png", run.model, data, 0, "train", run.elision.cpu())
     _, summary = evaluation.evaluate(out, device)
     evaluation.print_table([{name: x for name, x in summary.items() if ":" not in name}])  # without groups
     return summary

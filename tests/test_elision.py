@@ -15,7 +15,7 @@ TEACHER = torch.arange(N) / 10  # the teacher's loss of token i is i / 10 nats
 parametrize = pytest.mark.parametrize
 
 def elision(elide="regate", teacher=TEACHER, **changes):
-    schedule = dict(elide_warmup=2, elide_cycle=4, elide_dense=1)
+    schedule = dict(elide_warmup=2, elide_cycle=4, elide_dense=1, elide_by="target")
     config = dict(elide=elide, keep_ratio=0.5, elide_lambda=0.5, elide_beta=0.9) | schedule | changes
     return Elision(SimpleNamespace(**config), N, teacher)
 
@@ -105,15 +105,19 @@ def test_the_highest_scores_are_kept_in_ascending_order_and_padding_last_of_all(
     keep = e.choose(torch.arange(N).view(2, 6), real, 3).tolist()
     assert keep[0] == [1, 4, 5] and keep[1][:2] == [0, 1] and keep[1][2] >= 2
 
-def test_position_t_is_kept_for_its_target():
-    """In "<eot> a red ball" only "red" is hard. It is the target of position 1, whose input is "a": that is
-    what is run, and what learns "red"."""
-    eot, a, red, ball = range(4)
-    idx, targets = torch.tensor([[eot, a, red]]), torch.tensor([[a, red, ball]])
-    place = torch.tensor([[6, 7, 8]])  # of the targets, in the stream of captions
-    e = elision("ref", teacher=torch.zeros(N).index_fill(0, torch.tensor(7), 5.0))
-    keep = e.choose(place, targets != -1, 1)
-    assert idx.gather(1, keep).item() == a and targets.gather(1, keep).item() == red
+@parametrize("by, run", [("target", ["a", "is"]), ("own", ["<eot>", "red"])])
+def test_both_readings_of_the_paper(by, run):
+    """In "<eot> a red ball is wet <eot>" the teacher finds "red" hard (5 nats) and "wet" (2). By its own score
+    "red" is run, and <eot> always is; by that of its target "a" is run, which predicts "red", and "is"."""
+    words = "<eot> a red ball is wet <eot>".split()
+    place = torch.arange(6)[None]  # of the targets, words[1:], in the stream of captions
+    e = elision("ref", teacher=torch.tensor([0.1, 5, 1, 0.3, 2, 0] + [0.0] * 6), elide_by=by)
+    keep = e.choose(place, place >= 0, 2)[0].tolist()
+    assert [words[t] for t in keep] == run
+
+def test_how_many_tokens_are_kept():
+    """Half of 4.5 is 2.25; of one token at least one is run."""
+    assert elision().n_keep(4.5) == 2 and elision().n_keep(1) == 1
 
 # ---- the books
 def test_an_update_touches_only_the_tokens_that_ran():

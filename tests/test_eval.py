@@ -18,7 +18,7 @@ from pytest import approx, fixture, mark, param, raises
 
 import eval as ev
 import train
-from gatevlm import GATES, GateVLM, GateVLMConfig, InputError, load_model, save_checkpoint
+from gatevlm import GATES, Elision, GateVLM, GateVLMConfig, InputError, load_model, save_checkpoint
 from prepare_data import Data, load_meta, load_tokenizer, main
 
 cases, ROOT = mark.parametrize, "evaluation_data/full_eval"
@@ -140,14 +140,14 @@ def test_a_token_counts_that_ends_in_the_option(monkeypatch):
         assert ev.score(Stub(config=Stub(block_size=block)), [item], encoding) == ([[-total]], cut)
 
 ROWS = {  # an item of each task. Its options are a and b, its context is c
-    "blimp": dict(UID="u", sentence_good="a", sentence_bad="b"),
+    "blimp": dict(UID="u", sentence_good="a", sentence_bad="b", linguistics_term="s-selection"),
     "supplement": dict(UID="no", sentence_good="a", sentence_bad="b"),
     "ewok": dict(Domain="u", Context1="c", Target1="a", Target2="b"),
     "winoground": dict(caption_0="a", caption_1="b", image_idx=4, image_key="image_1", collapsed_tag="t"),
     "vqa": dict(question="c", target_ans="a", distractors=["b"], idx_in_hf_dataset=4, collapsed_tag="t")}
 
 @cases("task, uid, context, image, tag", [
-    ("blimp", "u", "", None, ""), ("supplement", "file", "", None, ""), ("ewok", "u", "c", None, ""),
+    ("blimp", "u", "", None, "argument_structure"), ("supplement", "file", "", None, ""), ("ewok", "u", "c", None, ""),
     ("winoground", "file", "", (4, 1), "t"), ("vqa", "file", "c", (4,), "t")])
 def test_items_are_read(tmp, task, uid, context, image, tag):
     write(tmp / f"{task}_filtered/file.jsonl", ROWS[task])
@@ -171,14 +171,15 @@ def test_damaged_weights_are_refused(toy):
         ev.score(model, [dict(context="", options=["red"])], load_tokenizer(toy))
 
 @cases("task, groups, scores, want", [  # an item's scores: the right option, the others
-    ("blimp", "aaab", "21 11 12 03", {"": 100 / 3, ": a": 200 / 3, ": b": 0}),  # right, tie, wrong; wrong
+    # right, tie, wrong; wrong; of one phenomenon
+    ("blimp", "aaab", "21 11 12 03", {"": 100 / 3, ": a": 200 / 3, ": b": 0, ": term": 50}),
     ("vqa", "tt ", "322 189 111", {"": 200 / 3, ": t": 50}),  # right, wrong; tie, of no group
     # pairs: all right; text right, image wrong; image right, text wrong; ties; half a pair, wrong
     ("winoground", "xxxxyyyyy", "41 41 21 65 34 91 11 11 12", {
         "": 700 / 9, ": x": 100, ": y": 60, ": text score": 50, ": image score": 50, ": group score": 25}),
     ("winoground", "x", "12", {"": 0, ": x": 0})])
 def test_percentages_by_hand(task, groups, scores, want):
-    items = [dict(uid=x, tag=x.strip(), image=(i // 2, i % 2)) for i, x in enumerate(groups)]
+    items = [dict(uid=x, tag="term" if task == "blimp" else x.strip(), image=(i // 2, i % 2)) for i, x in enumerate(groups)]
     found = ev.accuracies(task, items, [np.array([*map(int, x)]) for x in scores.split()])
     assert {name: found[task + name] for name in want} == approx(want)
 
@@ -236,8 +237,7 @@ def seen_of(model, data):
 def test_a_row_per_word_has_what_its_caption_has_alone(toy):
     model, teacher, data = make(toy), make(toy, 1, n_image_token=0), Data(toy)
     text, split = lambda ids: data.encoding.decode([*ids]), re.compile("[a-z]+|[?.]").findall
-    table = ev.word_table(model, data, seen_of(model, data), ev.counted(data, {}), teacher)
-    said = split(text(data.captions["train"]))
+    table = ev.word_table(model, data, seen_of(model, data), {"red": {"conc": 4.0}}, teacher)
     views = alone(model, data), alone(model, data, "none"), alone(teacher, data, "none")
     for n, ((ids, loss, gates), (_, blind, _), (_, teach, _)) in enumerate(zip(*views)):
         column = lambda name: [row.get(name) for row in table if row["caption"] == n]
@@ -246,8 +246,7 @@ def test_a_row_per_word_has_what_its_caption_has_alone(toy):
         assert column("tag") == [data.meta["upos"].get(word, "X") for word in words]
         for name, x in dict(gate=gates, loss=loss, loss_no_image=blind, loss_teacher=teach).items():
             close(column(name), x[starts])
-        count = map(said.count, words)
-        assert column("norm frequency") == [approx(math.log10(k)) if k else None for k in count]
+        assert column("norm conc") == [4.0 if word == "red" else None for word in words]
 
 # ---- statistics
 @cases("x, y, rho", [
@@ -300,11 +299,11 @@ def test_regression_counts_a_word_once():
     rng = np.random.default_rng(0)
     norm, kind = rng.normal(3, 2, 80), rng.integers(0, 2, 80)
     z = (norm - norm.mean()) / norm.std()
-    gate = 1 + 2 * kind - 3 * z + 0.5 * kind * z
+    gate = 1 + 2 * kind - 3 * z
     rows = [word_row(f"w{i}", ("DET", "NOUN")[kind[i]], gate[i], norm[i]) for i in np.r_[:80, :80:2, :80:5]]
     found, _ = ev.gate_report(rows + [word_row(".", "X", 9, 9), word_row("new", "NOUN", 9)])
     means, line = [gate[kind == k].mean() for k in kind], np.polyval(np.polyfit(z, gate, 1), z)
-    want = {"b intercept": 1, "b class": 2, "b concreteness": -3, "b class x concreteness": 0.5, "R2": 1,
+    want = {"b intercept": 1, "b class": 2, "b concreteness": -3, "R2": 1,
                 "R2 lost without concreteness": 1 - np.var(means) / gate.var(),
                 "R2 lost without class": 1 - line.var() / gate.var()}
     assert {name: found[name] for name in want} == approx(want)
@@ -340,17 +339,26 @@ def test_curves_fall_where_the_loss_does():
     assert slopes == approx([370 / 690, -1.9 / 1.94 * 370 / 690, 0, 0], abs=0.01)
     assert (lines[4].sum(axis=1) > 600).sum() == 2 * 2  # two of one color, 2 pixels each
 
-@cases("caption, keep", [(3, None), (None, [0, 1])])
-def test_gate_picture_draws_its_caption(toy, monkeypatch, caption, keep):
+@cases("caption, by", [(3, None), (None, "own"), (None, "target")])
+def test_gate_picture_draws_its_caption(toy, monkeypatch, caption, by):
+    """Elision keeps the 5 words of the highest score; by their own <eot> is always one, so 4 are left."""
     model, data, calls = make(toy), Data(toy), []
+    config = Stub(elide="ref", elide_by=by, elide_beta=0.9, elide_lambda=0.5, keep_ratio=1e-6)
+    score = torch.rand(len(data.captions["val"]), generator=torch.manual_seed(0))
+    elision = Elision(config, len(score), score) if by else None
     monkeypatch.setattr(ev, "draw_gates", lambda *args: calls.append(args))
-    ev.gate_picture("", model, data, caption, keep=keep)
+    if by:
+        monkeypatch.setattr(elision, "n_keep", lambda length: 5)
+    ev.gate_picture("", model, data, caption, elision=elision)
     captions = [*alone(model, data)]
     ids, _, gates = captions[caption or np.argmax([len(ids) for ids, *_ in captions])]
     words, starts, _ = map(list, zip(*ev.words_of(ids, data.encoding)))
     ((_, *found, picture, kept),) = calls
     assert found == [words, approx(gates[starts], rel=1e-4)] and picture.size == (16, 16)
-    assert kept == (keep and [k in keep for k in starts])
+    n = caption or np.argmax([len(ids) for ids, *_ in captions])
+    best = score[data.offset["val"][n] :][: len(ids)]
+    run = best[:-1].topk(4).indices if by == "own" else best.topk(5).indices
+    assert kept == (by and [k in run for k in starts])
 
 # ---- runs
 def test_a_run_leaves_numbers_pictures_and_a_table(run, tmp):
@@ -478,14 +486,6 @@ def test_a_teacher_with_a_shorter_block_judges_what_it_reads(toy):
     model, teacher, data = make(toy), make(toy, 1, n_image_token=0, block_size=7), Data(toy)
     table = ev.word_table(model, data, seen_of(model, data), {}, teacher)
     assert max(row["position"] for row in table) == 6 and all(row["loss_teacher"] > 0 for row in table)
-
-def test_counts_stand_in_where_a_table_has_no_frequency(toy):
-    data = Data(toy)
-    n = data.encoding.decode([*data.captions["train"]]).count(" red ")
-    words = ev.counted(data, {"red": {"upos": "ADJ"}, "never": {"upos": "X"}})
-    assert words["red"]["upos"] == "ADJ" and 10 ** words["red"]["frequency"] >= n > 0
-    assert words["never"] == {"upos": "X"} and "is" in words
-    assert ev.counted(data, given := {"red": {"frequency": 2.0}}) == given
 
 def test_a_run_beside_its_checkpoints_and_its_best(run, capsys, monkeypatch):
     """The table of changes is that of the checkpoints; a checkpoint is found from any directory."""
