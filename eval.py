@@ -282,6 +282,7 @@ def gate_report(rows):
     gate = column("gate")
     by = {name: {v: gate[column(name) == v] for v in sorted({*column(name)})} for name in ("class", "tag")}
     found = {f"gate of {v}": x.mean() for groups in by.values() for v, x in groups.items()}
+    found |= {f"loss of {v}": column("loss")[column("class") == v].mean() for v in by["class"]}
     known = [x for tag, x in by["tag"].items() if tag not in ("X", "other")]
     found |= {"H": kruskal_wallis(known), "gate sd": gate.std()}
 

@@ -107,8 +107,8 @@ def test_the_highest_scores_are_kept_in_ascending_order_and_padding_last_of_all(
 
 @parametrize("by, run", [("target", ["a", "is"]), ("own", ["<eot>", "red"])])
 def test_both_readings_of_the_paper(by, run):
-    """In "<eot> a red ball is wet <eot>" the teacher finds "red" hard (5 nats) and "wet" (2). By its own score
-    "red" is run, and <eot> always is; by that of its target "a" is run, which predicts "red", and "is"."""
+    """In "<eot> a red ball is wet <eot>" the teacher finds "red" hard (5 nats) and "wet" (2). By its own
+    score "red" is run, and <eot> always is; by that of its target "a", which predicts "red", and "is"."""
     words = "<eot> a red ball is wet <eot>".split()
     place = torch.arange(6)[None]  # of the targets, words[1:], in the stream of captions
     e = elision("ref", teacher=torch.tensor([0.1, 5, 1, 0.3, 2, 0] + [0.0] * 6), elide_by=by)

@@ -5,6 +5,8 @@ import glob
 import os
 import re
 import shlex
+import shutil
+import subprocess
 import sys
 
 import pytest
@@ -49,6 +51,21 @@ def test_every_command_parses(command, monkeypatch, capsys):
         with pytest.raises((module.InputError, OSError)) as error:  # the files of the page are not here
             module.main(argv)
         assert "unknown" not in str(error.value)
+
+def test_the_runs_of_claims_parse(tmp_path):
+    """A python that only writes down what it is asked for."""
+    (tmp_path / "tests").mkdir()
+    shutil.copy(os.path.join(ROOT, "tests", "claims.sh"), tmp_path / "tests")
+    (tmp_path / "python").write_text('#!/bin/sh\necho "$@" >> asked\n')
+    (tmp_path / "python").chmod(0o755)
+    env = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "BABYLM": "b", "FULL_EVAL": "f", "UPOS": "u"}
+    claims = ["bash", tmp_path / "tests" / "claims.sh", "10-toy", "10-photos"]
+    subprocess.run(claims, env=env, check=True)
+    asked = [line.split() for line in (tmp_path / "asked").read_text().splitlines()]
+    runs = [train.parse(argv) for script, *argv in asked if script == "train.py"]
+    assert len(runs) == len({flags["out"] for _, flags in runs}) == 2 * (1 + 3 * 5)
+    assert all(resume for resume, _ in runs) and len(asked) == len(runs) + 3
+    assert subprocess.run([*claims, "99"], env=env, capture_output=True).returncode == 2
 
 def test_inline_commands_and_flags_exist():
     configs = train.TrainConfig, train.GateVLMConfig
