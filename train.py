@@ -54,7 +54,7 @@ class TrainConfig:
     weight_decay: float = option(0.01, "decay of matrices, per step and learning rate")
     beta2: float = option(0.999, "AdamW: decay of the squared gradient average")
     elide: str = option("none", "token elision: the score that chooses", ELIDE)
-    elide_by: str = option("target", "elide: keep a token by its target's score or its own", ("target", "own"))
+    elide_by: str = option("target", "elide: the score that keeps a token", ("target", "own"))
     teacher: str = option("", "run folder of a text-only teacher; elide becomes regate")
     keep_ratio: float = option(0.5, "elide: share of each caption that an elided step runs", least=1e-6)
     elide_visible: bool = option(False, "elide: dropped tokens stay visible to self-attention")
