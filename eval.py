@@ -54,8 +54,8 @@ def caption_losses(model, data, split, ids, view="image"):
     "other" the next one of the file, "none" withholds it."""
     block, rows = model.config.block_size, data.image_row[split][ids]
     if view == "other":
-        every = np.unique(data.image_row[split])
-        rows = every[(np.searchsorted(every, rows) + 1) % len(every)]
+        shown = np.unique(data.image_row[split])
+        rows = shown[(np.searchsorted(shown, rows) + 1) % len(shown)]
     length, result = data.lengths(split, block, ids), [None] * len(ids)
     looks = view != "none" and model.config.n_image_token > 0
     for pick in length_batches(length, 8192):

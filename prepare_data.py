@@ -393,7 +393,7 @@ def load_npy(path, ndim=(2, 3)):
 def read_given(files, others):
     """Captions, keys (equal: one picture), splits, fetch of caption files {split: [path]} and their states,
     which are taken out of others."""
-    said, keys, splits, paths, starts = [], [], [], [], [0]
+    lines, keys, splits, paths, starts = [], [], [], [], [0]
     files = [(path, split) for split, part in files.items() for path in part]
     for path, split in sorted(files, key=lambda x: -len(x[0])):  # cc_3M_x finds its states before cc_3M does
         pattern = re.escape(path[:-len("captions.json")]) + "[^/]*states[^/]*npy"
@@ -402,7 +402,7 @@ def read_given(files, others):
         others[:] = [p for p in others if p not in states]
         captions = read_json(path)
         expect(isinstance(captions, list), f"{path}: expected a list of captions")
-        said += [check_text(f"{path}, row {row}", caption) for row, caption in enumerate(captions)]
+        lines += [check_text(f"{path}, row {row}", caption) for row, caption in enumerate(captions)]
         for p in states:
             paths.append(p)
             shapes = {load_npy(p).shape[1:] for p in paths}
@@ -414,15 +414,15 @@ def read_given(files, others):
                 keys += [hashlib.sha1(row.tobytes()).digest() for row in x.astype("<f2")]
             starts.append(len(keys))
         splits += [split] * len(captions)
-        counts = f"{len(said):,} captions up to here, {len(keys):,} rows in {', '.join(paths)}"
-        expect(len(said) == len(keys), f"{path}: {counts}; expected one row per caption")
+        counts = f"{len(lines):,} captions so far, {len(keys):,} rows in {', '.join(paths)}"
+        expect(len(lines) == len(keys), f"{path}: {counts}; expected one row per caption")
 
     def fetch(rows):
         where = np.searchsorted(starts, rows, "right") - 1
         states = {k: load_npy(paths[k]) for k in set(where)}
         return np.stack([states[k][row - starts[k]] for k, row in zip(where, rows)])
 
-    return said, keys, splits, fetch
+    return lines, keys, splits, fetch
 
 FORMATS = """picture<TAB>caption (Flickr8k: picture#0<TAB>caption), tables with a header and tabs, commas or |
 (Kaggle's captions.txt, Flickr30k's results.csv), COCO captions JSON, Karpathy's dataset_*.json"""
@@ -513,12 +513,12 @@ def fill_folder(folder, args, text, captions, images, extra):
     for split in "train", "val":
         lengths, _ = write_stream(path(f"text_{split}.bin"), text[split](), encoding)
         count[f"text_{split}_tokens"] = sum(lengths)
-        said, rows, fetch = captions[split]
-        lengths, cut = write_stream(path(f"caption_{split}.bin"), said, encoding, MAX_CAPTION)
+        lines, rows, fetch = captions[split]
+        lengths, cut = write_stream(path(f"caption_{split}.bin"), lines, encoding, MAX_CAPTION)
         np.save(path(f"caption_{split}_offset.npy"), np.cumsum([0, *lengths], dtype=np.int64))
         unique, inverse = np.unique(rows, return_inverse=True)
         np.save(path(f"caption_{split}_image.npy"), (inverse + n_image).astype(np.int32))
-        count |= {f"caption_{split}": len(said), f"caption_{split}_cut": cut, f"image_{split}": len(unique)}
+        count |= {f"caption_{split}": len(lines), f"caption_{split}_cut": cut, f"image_{split}": len(unique)}
         jobs += [(fetch, unique[i : i + 64]) for i in range(0, len(unique), 64)]
         n_image += len(unique)
     n = count["text_train_tokens"] + count["caption_train"]
@@ -615,15 +615,15 @@ def prepare_toy(args):
     captions_of, text = {}, {}
     for split, share in ("train", 1), ("val", 10):
         n_image, n_text = max(1, args.n_image // share), max(1, args.n_text // share)
-        drawn, said = rng.choices(world, k=n_image), []
+        drawn, lines = rng.choices(world, k=n_image), []
         for scene in drawn:
             options = captions(scene)
-            said += rng.choices(list(options), options.values())
+            lines += rng.choices(list(options), options.values())
 
         def fetch(rows, drawn=drawn, seed=f"{args.seed} {split}"):
             return encode([draw_scene(drawn[i], random.Random(f"{seed} {i}")) for i in rows])
 
-        captions_of[split] = said, np.arange(n_image), fetch
+        captions_of[split] = lines, np.arange(n_image), fetch
         text[split] = [toy_text(rng) for _ in range(n_text)].copy
 
     def extra(folder, encoding):
@@ -638,7 +638,7 @@ def prepare_toy(args):
             states = np.stack([encode([draw_scene(s, jitter) for s in group]) for group in groups])
             states = states if task == "winoground" else states[:, 0]
             np.save(os.path.join(root, f"{task}_states.npy"), states.astype(np.float16))
-        seen, blind, n = entropies(world, lambda said: len(encoding.encode_ordinary(said)) + 1)
+        seen, blind, n = entropies(world, lambda x: len(encoding.encode_ordinary(x)) + 1)
         print(f"a caption carries {(blind - seen) / math.log(2):.1f} bits that only its picture can tell;")
         print(f"no model gets below {seen / n:.4f} nats per token with it, {blind / n:.4f} without")
         upos = {word: tag for tag, *words in map(str.split, CLASSES.splitlines()) for word in words}
@@ -646,19 +646,19 @@ def prepare_toy(args):
 
     return text, captions_of, ("pixels", args.n_image_token, 768), extra
 
-def divide(said, keys, splits, fetch, share, args):
+def divide(lines, keys, splits, fetch, share, args):
     """{split: ([caption], rows (n,), fetch)}: as splits say, or a random share of the pictures held out."""
     _, first, inverse = np.unique(np.array(keys, "S"), return_index=True, return_inverse=True)
     rows, held, rng = first[inverse], np.array(splits) == "val", np.random.default_rng(args.seed)
-    if said and not held.any():
+    if lines and not held.any():
         expect(len(first) > 1, "captions of one picture only: none to hold out")
         held = np.isin(rows, rng.choice(np.sort(first), max(1, round(share * len(first))), replace=False))
     leak = ~held & np.isin(rows, rows[held])
-    report([said[i] for i in np.flatnonzero(leak)], "training captions of held-out pictures")
+    report([lines[i] for i in np.flatnonzero(leak)], "training captions of held-out pictures")
     ids = {"train": np.flatnonzero(~held & ~leak), "val": np.flatnonzero(held)}
     if 0 < args.captions < len(ids["train"]):
         ids["train"] = np.sort(rng.choice(ids["train"], args.captions, replace=False))
-    return {split: ([said[i] for i in which], rows[which], fetch) for split, which in ids.items()}
+    return {split: ([lines[i] for i in which], rows[which], fetch) for split, which in ids.items()}
 
 def split_text(args, files):
     """{split: function -> documents} of {split: [path]}; of "train" alone every 100th is held out."""
@@ -685,8 +685,8 @@ def prepare_babylm(args):
     expect(not missing, f"{args.folder}: there is no {', '.join(sorted(missing))}_captions.json")
     captions = divide(*read_given(files, found["other", ""]), 0.01, args)
     report([os.path.relpath(p, args.folder) for p in found["other", ""]], "other files")
-    said, _, fetch = captions["val"]
-    shape = fetch([0]).shape[1:] if said else (0, 1)
+    lines, _, fetch = captions["val"]
+    shape = fetch([0]).shape[1:] if lines else (0, 1)
     return split_text(args, text), captions, (args.encoder or "given", *shape), None
 
 def prepare_photos(args):
@@ -701,17 +701,17 @@ def prepare_photos(args):
     report(bad, "pictures that cannot be read", args.skip)
     found = [row for row in found if row[0] in keys]
     expect(found, f"{captions_file}: no caption of a picture that can be read")
-    names, said, splits = zip(*found)
+    names, lines, splits = zip(*found)
     paths = [os.path.abspath(os.path.join(args.folder, name)) for name in names]
     encode = make_encoder(encoder := args.encoder or "pixels", args.n_image_token)
     fetch = lambda rows: encode([open_picture(paths[i]) for i in rows])
-    captions = divide(said, [keys[name] for name in names], splits, fetch, 0.1, args)
+    captions = divide(lines, [keys[name] for name in names], splits, fetch, 0.1, args)
     extra = lambda *_: {"pictures": [paths[i] for _, rows, _ in captions.values() for i in np.unique(rows)]}
     return {"train": list, "val": list}, captions, (encoder, *fetch([0]).shape[1:]), extra
 
 FLAGS = [  # name, default, help
     ("out", "", "data folder to write; empty = data/<source>, or data/toy16 for 16 image tokens"),
-    ("seed", 1, "of every random choice"),
+    ("seed", 1, "of random choices"),
     ("n_image_token", 1, "toy, photos: vectors per picture; 16 = a 4x4 grid of patches"),
     ("tokenizer", "bpe", "a byte-level BPE of this data, or gpt2's 50,257 ids"),
     ("vocab_size", 8192, "ids of bpe at most, 256 bytes and <eot> among them"),
@@ -721,7 +721,7 @@ FLAGS = [  # name, default, help
     ("captions", 0, "babylm, photos: random sample of training captions; 0 = all"),
     ("caption_sets", "", "babylm: caption files, such as local_narr,cc_3m; empty = all"),
     ("captions_file", "", "photos: empty = captions.txt in the folder"),
-    ("encoder", "", "photos, babylm: what makes features (empty = pixels), or what made the given states"),
+    ("encoder", "", "photos, babylm: what makes features (empty = pixels), or made the given states"),
 ]
 CHOICES = {"tokenizer": ("bpe", "gpt2"), "encoder": ("pixels", "dinov2_vits14", "dinov2_vitb14")}
 

@@ -535,7 +535,7 @@ def test_the_innermost_folder_says_what_text_is_for(tmp_path, path, split):
     ("a.txt, line 3: expected text in UTF-8", {"train/a.txt": b"fine\nf\xc3\xaene\nGr\xfc\xdfe"}, []),
     *[("cc_states.npy, row 1: NaN, inf or beyond 65504", given(["a", "b"], rows(1, x)), [])
       for x in (np.nan, -np.inf, 7e4)],
-    ("11 captions up to here, 10 rows", given(["a"] * 11, rows(*range(10))), []),
+    ("11 captions so far, 10 rows", given(["a"] * 11, rows(*range(10))), []),
     ("cc_captions.json, row 1: expected text", given(["a", " \n"], rows(1, 2)), []),
     (r"cc_captions.json, row 1: .*\\ud83d", given(["a", "\ud83d"], rows(1, 2)), []),
     ("cc_captions.json: expected ..._states", {"image_caption/cc_captions.json": ["a"]}, []),
