@@ -172,14 +172,15 @@ def benchmark(model, encoding, root, tasks=tuple(TASKS)):
         scores, n_cut = score(model, items, encoding, states if looks else None)
         results |= accuracies(task, items, scores)
         ties = sum(int((x == x.max()).sum() > 1) for x in scores)
-        print(f"{task}: {len(items):,} items, {ties} ties, {n_cut} texts cut to their end to fit the block")
+        print(f"{task}: {len(items):,} items, {ties} ties, {n_cut} texts cut to the end that fits")
         if task in SIGHT:
             blind = score(model, items, encoding)[0] if looks else scores
             results |= {f"{name} blind": x for name, x in accuracies(task, items, blind).items()}
         chosen = predictions[task] = {}
         for item, x in zip(items, scores):
             rows = chosen.setdefault(item["uid"], {"predictions": []})["predictions"]
-            rows.append({"id": f"{item['uid']}_{len(rows)}", "pred": item["options"][int(np.argmax(x))]})
+            pred = " " * bool(item["context"]) + item["options"][int(np.argmax(x))]
+            rows.append({"id": f"{item['uid']}_{len(rows)}", "pred": pred})
     return results, predictions
 
 # ---- words and their gates
@@ -395,7 +396,7 @@ def read_log(out):
         return [json.loads(line) for line in f if line.endswith("\n")]
 
 def evaluate(run, device, root="", tasks=tuple(TASKS), words=None, teacher="", data=""):
-    """All that a run knows: its config and {name: number}. Writes summary.json, predictions.json, gates.csv,
+    """All that a run knows: its config and {name: number}. Writes summary.json, predictions/, gates.csv,
     pictures into its folder. Of a checkpoint in it: losses and benchmarks. Without its data: benchmarks."""
     folder = run if os.path.isdir(run) else re.sub(r"(/checkpoints)?/[^/]*$", "", os.path.abspath(run))
     path = lambda name: os.path.join(folder, name)
@@ -423,7 +424,10 @@ def evaluate(run, device, root="", tasks=tuple(TASKS), words=None, teacher="", d
         numbers |= dict(floor_with_image=low, floor_text_only=high, visual_information_captured=captured)
     numbers |= load_checkpoint(path("last.pt"))["now"] | scores
     numbers["processed_ratio"] = numbers["tokens_processed"] / max(1, numbers["tokens_seen"])
-    write_json(path("predictions.json"), predictions)
+    for task, chosen in predictions.items():  # where the official collation looks
+        home = path(f"predictions/zero_shot/causal/{task.replace('supplement', 'blimp')}/{task}_filtered")
+        os.makedirs(home, exist_ok=True)
+        write_json(f"{home}/predictions.json", chosen)
     log, curves = read_log(folder), {}
     for name in "loss_caption", "val_loss_caption", "loss_text", "val_loss_text":
         curves[name] = [(line["step"], line[name]) for line in log if line.get(name) is not None]
