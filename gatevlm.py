@@ -349,8 +349,8 @@ class Elision(nn.Module):
         m = self.average[place] / (1 - c.elide_beta ** n).clamp(min=1e-9)  # corrected for its start at 0
         first = 1000 + (place % 65521) ** 2 * 40503 % 65521 / 65521  # in an order as good as random
         m = torch.where(n > 0, m, teacher if c.elide == "regate" else first)
-        scores = {"regate": m + c.elide_lambda * teacher, "ema": m, "ref": teacher}
-        return scores.get(c.elide, torch.rand_like(m))
+        d = {"regate": m + c.elide_lambda * teacher, "ema": m, "ref": teacher}
+        return d[c.elide] if c.elide in d else torch.rand_like(m)
 
     def n_keep(self, length):
         """How many tokens of each caption a step runs, for captions of this mean length."""
