@@ -7,7 +7,6 @@ pictures, tables over runs, command line. A checkpoint (out/run/checkpoints/*.pt
 import argparse
 import csv
 import glob
-import itertools
 import json
 import math
 import os
@@ -20,9 +19,9 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from gatevlm import InputError, expect, load_checkpoint, load_model, pick_device, run_script
 from prepare_data import EOT, Data, check_text, load_meta, load_npy, load_tokenizer, make_encoder
-from prepare_data import open_picture, read_json, read_lines, read_rows, report, unpatch, write_json
+from prepare_data import open_picture, read_json, read_lines, read_rows, unpatch, write_json
 
-# the fields of an item: its group (if none, the name of its file), context, right option, wrong one or ones
+# fields of an item: its group (if none, the name of its file), context, right option, wrong one or ones
 SIGHT = dict(winoground=("", "", "caption_0", "caption_1"), vqa=("", "question", "target_ans", "distractors"))
 TASKS = dict(blimp=("UID", "", "sentence_good", "sentence_bad"))
 TASKS |= dict(supplement=("", "", "sentence_good", "sentence_bad"))
@@ -30,7 +29,7 @@ TASKS |= dict(ewok=("Domain", "Context1", "Target1", "Target2")) | SIGHT
 CLASSES = {tag: "function" for tag in "ADP AUX CCONJ DET PART PRON SCONJ".split()}
 CLASSES |= {tag: "content" for tag in "ADJ ADV NOUN NUM PROPN VERB".split()}
 FUNCTION_WORDS = """a an the this that these some no all of in on at by for with from to into and or but if
-    not 's i you he she it we they me him her my his its who what there is are was be do has have""".split()
+    not i you he she it we they me him her my his its who what there is are was be do has have""".split()
 
 # ---- losses
 def length_batches(length, batch_tokens):
@@ -66,8 +65,8 @@ def caption_losses(model, data, split, ids, view="image"):
     return result
 
 def validate(model, data, most=math.inf, seen=None):
-    """Losses in nats per token of held-out text and captions: evenly spread ones of about most tokens, or
-    those seen {view: caption_losses}. None where there are none."""
+    """Losses in nats per token of held-out text and captions, evenly spread ones of about most tokens, or
+    of seen {view: caption_losses}; or None."""
     block, n = model.config.block_size, len(data.text["val"]) - 1
     length, found = data.lengths("val", block), {}
     ids = np.arange(0, len(length), max(1, math.ceil(length.sum() / most)))
@@ -160,8 +159,8 @@ def accuracies(task, items, scores):
     return result
 
 def benchmark(model, encoding, root, tasks=tuple(TASKS)):
-    """{name: percent right} of the tasks found in root, vision tasks also without images ("blind"), and the
-    predictions as officially spelled, {task: {uid: {"predictions": [{id, pred}]}}}."""
+    """{name: percent right} of the tasks found in root, vision tasks also without images ("blind"), and
+    {task: predictions as officially spelled}."""
     results, predictions = {}, {}
     for task in tasks:
         items, states = read_task(root, task)
@@ -202,27 +201,18 @@ def word_class(word, upos):
     guess = "function" if word in FUNCTION_WORDS else "content" if any(map(str.isalpha, word)) else "other"
     return CLASSES.get(upos.get(word, "").upper(), "other") if upos else guess
 
-NORMS = dict(concreteness="conc", frequency="freq|subtlex|zipf", upos="upos")  # what columns are called
-
 def read_words(path):
-    """{word: {norm: number, "upos": tag}} of a table with a header, first column the word. Columns of other
-    texts are left out; what was taken is printed."""
+    """{word: {column: number, "upos": tag}} of a table with a header, first column the word."""
     header, *rows = (row for row in read_rows(path) if row)
     expect(all(len(row) == len(header) for row in rows), f"{path}: expected a header, rows of as many cells")
-    table, taken = defaultdict(dict), {}
-    for column, *cells in zip(header[1:], *(row[1:] for row in rows)):
-        name = next((name for name, part in NORMS.items() if re.search(part, column.lower())), column)
-        cells = [None if cell.lower() in ("", "na", "nan", "inf") else cell for cell in cells]
-        try:
-            cells = [cell if name == "upos" or cell is None else float(cell) for cell in cells]
-        except ValueError:
-            continue  # texts
-        if taken.setdefault(name, column) == column:  # Conc.M, which stands before Conc.SD
-            for row, cell in zip(rows, cells):
-                if cell is not None:
-                    table[row[0].lower()].setdefault(name, cell)
-    print(f"{path}: {len(table):,} words,", ", ".join(f"{name} = {column}" for name, column in taken.items()))
-    report([column for column in header[1:] if column not in taken.values()], f"columns of {path}")
+    table = defaultdict(dict)
+    for word, *cells in rows:
+        for name, cell in zip(header[1:], cells):
+            if name.lower() == "upos":
+                table[word.lower()].setdefault("upos", cell)
+            elif re.fullmatch(r"[+-]?\d+\.?\d*(e[+-]?\d+)?", cell, re.I):
+                table[word.lower()].setdefault(name, float(cell))
+    print(f"{path}: {len(table):,} words, {', '.join(header[1:])}")
     return table
 
 def word_table(model, data, seen, words, teacher=None):
@@ -257,53 +247,23 @@ def spearman(x, y):
     varies = len(x) > 2 and np.ptp(x) > 0 and np.ptp(y) > 0
     return float(np.corrcoef(ranks(x), ranks(y))[0, 1]) if varies else None
 
-def kruskal_wallis(groups):
-    """Do groups [(n_i,)] differ in rank? H, n - 1 times the share of variance of the ranks that is between
-    them; None where there is no variance."""
-    r = ranks(np.concatenate([*groups, []]))
-    if len(groups) < 2 or np.ptp(r) == 0:
-        return None
-    parts = np.split(r, np.cumsum([len(group) for group in groups])[:-1])
-    between = sum(len(x) * (x.mean() - r.mean()) ** 2 for x in parts)
-    return float((len(r) - 1) * between / ((r - r.mean()) ** 2).sum())
-
-def regression(columns, y):
-    """R2 and coefficients {name: b} of least squares of y (n,) on columns {name: (n,)}."""
-    X = np.stack([np.ones(len(y)), *columns.values()], axis=1)
-    coef, _, rank, _ = np.linalg.lstsq(X, y, rcond=None)
-    if rank < X.shape[1] or len(y) <= rank or np.ptp(y) == 0:
-        return None, {}  # no unique answer
-    r2 = float(1 - ((y - X @ coef) ** 2).sum() / ((y - y.mean()) ** 2).sum())
-    return r2, dict(zip(["intercept", *columns], coef.tolist()))
-
 def gate_report(rows):
     """What the gate learned, of word_table: {name: number} with its mean per class and part of speech,
-    Kruskal-Wallis H, Spearman's rho with norms, a joint regression; and the words, most visual first."""
+    Spearman's rho with norms; and the words, most visual first."""
     column = lambda name, part=rows: np.array([row[name] for row in part])
     gate = column("gate")
     by = {name: {v: gate[column(name) == v] for v in sorted({*column(name)})} for name in ("class", "tag")}
     found = {f"gate of {v}": x.mean() for groups in by.values() for v, x in groups.items()}
     found |= {f"loss of {v}": column("loss")[column("class") == v].mean() for v in by["class"]}
-    known = [x for tag, x in by["tag"].items() if tag not in ("X", "other")]
-    found |= {"H": kruskal_wallis(known), "gate sd": gate.std()}
+    found["gate sd"] = gate.std()
 
-    # from here on a word is one observation, however often it occurs
+    # from here on a word counts once
     _, first, which, n = np.unique(column("word"), return_index=True, return_inverse=True, return_counts=True)
     mean = np.bincount(which, gate) / n
     words = [rows[i] | {"gate": g, "n": k} for i, g, k in zip(first, mean.tolist(), n)]
     for name in sorted({name for word in words for name in word if name.startswith("norm ")}):
         part = [word for word in words if name in word]
         found[f"rho {name[5:]}"] = spearman(column(name, part), column("gate", part))
-    predictors = [name for name in ("norm concreteness", "norm frequency") if f"rho {name[5:]}" in found]
-    known = [word for word in words if word["class"] != "other" and all(name in word for name in predictors)]
-    x, y = {"class": 1.0 * (column("class", known) == "content")}, column("gate", known)
-    norms = {name[5:]: column(name, known) for name in predictors}
-    x |= {name: (z - z.mean()) / (z.std() or 1) for name, z in norms.items()}
-    found["R2"], fit = regression(x, y)
-    found |= {f"b {name}": b for name, b in fit.items()}
-    for name in x if fit else ():  # the share of variance that it alone explains
-        less, _ = regression({other: x[other] for other in x if other != name}, y)
-        found[f"R2 lost without {name}"] = found["R2"] - less
 
     # the two papers: does the gate look where the image saves loss, and where a teacher cannot predict?
     found["rho loss saved"] = spearman(1 - gate, column("loss_no_image") - column("loss"))
@@ -384,7 +344,7 @@ def gate_picture(path, model, data, caption=None, split="val", elision=None):
 
 # ---- what a run knows
 def load_teacher(run, data, device="cpu"):
-    """The text-only model of a run folder; InputError where it cannot judge the captions of data."""
+    """The text-only model of a run; InputError where it cannot judge the captions of data."""
     teacher, key = load_model(run, device=device), "tokenizer.tiktoken"
     fits = not teacher.config.n_image_token and load_meta(run)["sha256"][key] == data.meta["sha256"][key]
     expect(fits, f"{run}: no teacher for {data.folder}; train it with --no-images on that data")
@@ -395,18 +355,23 @@ def read_log(out):
     with open(os.path.join(out, "log.jsonl"), encoding="utf-8") as f:
         return [json.loads(line) for line in f if line.endswith("\n")]
 
+def locate(run):
+    """(folder, name in it) of the checkpoint that run, a folder or a file, stands for."""
+    folder = run if os.path.isdir(run) else re.sub(r"(/checkpoints)?/[^/]*$", "", os.path.abspath(run))
+    return folder, "best.pt" if folder == run else os.path.relpath(run, folder)
+
 def evaluate(run, device, root="", tasks=tuple(TASKS), words=None, teacher="", data=""):
     """All that a run knows: its config and {name: number}. Writes summary.json, predictions/, gates.csv,
     pictures into its folder. Of a checkpoint in it: losses and benchmarks. Without its data: benchmarks."""
-    folder = run if os.path.isdir(run) else re.sub(r"(/checkpoints)?/[^/]*$", "", os.path.abspath(run))
+    folder, name = locate(run)
     path = lambda name: os.path.join(folder, name)
+    model = load_model(folder, name, device)
     config = read_json(path("config.json"))
-    model = load_model(folder, "best.pt" if folder == run else os.path.relpath(run, folder), device)
     data = data or config["train"]["data"]
     root = root or os.path.join(data, "evaluation_data", "full_eval")
     scores, predictions = benchmark(model, load_tokenizer(folder), root, tasks)
     if not os.path.isdir(data):
-        print(f"{run}: benchmarks only, {data} is not there (--data says where it is now)")
+        print(f"{run}: benchmarks only, {data} is not there (see --data)")
         return config, scores | (load_checkpoint(run)["now"] if folder != run else {})
     data = Data(data)
     same = load_meta(folder)["sha256"] == data.meta["sha256"]
@@ -476,24 +441,60 @@ def fold_seeds(runs):
             row[name] = f"{np.mean(x):.4g} +-{np.std(x, ddof=1):.2g}" if whole else None
         yield row
 
-def show_changes(runs):
-    """How numbers change over an epoch of each kind, from checkpoint to checkpoint (stability, §6)."""
-    moves = []
-    for folder, part in itertools.groupby(runs, lambda run: os.path.dirname(run[0])):
-        (_, config, _), *_ = part = list(part)
-        ends, found = [row for _, _, row in part if row.get("ends_epoch")], defaultdict(list)
-        for a, b in zip(ends, ends[1:]):
-            for name in b:
-                if name.startswith(("val_loss", *TASKS)) and b[name] is not None:
-                    found[f"{name}, change in {b['kind']}"].append(b[name] - a[name])
-        moves += [(folder, config, {name: float(np.mean(x)) for name, x in found.items()})] if found else []
-    for row in fold_seeds(moves):
-        print_table([row])
+# ---- export
+def export(run, folder):
+    """Write the language half of a run as a GPT-2 of transformers, <eot> before every text."""
+    encoding, model = load_tokenizer(locate(run)[0]), load_model(*locate(run))
+    c, eot, ids = model.config, encoding.eot_token, encoding._mergeable_ranks
+    parts = {"wte": [model.token_embedding], "wpe": [model.position_embedding], "ln_f": [model.ln]}
+    for i, b in enumerate(model.blocks):
+        parts |= {f"h.{i}.ln_1": [b.ln1], f"h.{i}.ln_2": [b.ln2]}
+        parts |= {f"h.{i}.attn.c_attn": [b.attn.query, b.attn.key_value], f"h.{i}.attn.c_proj": [b.attn.proj]}
+        parts |= {f"h.{i}.mlp.c_fc": [b.mlp[0]], f"h.{i}.mlp.c_proj": [b.mlp[2]]}
+    weights = {"lm_head.weight": model.head.weight}
+    for name, layers in parts.items():
+        for kind, _ in layers[0].named_parameters():
+            x = torch.cat([getattr(layer, kind) for layer in layers])
+            weights[f"transformer.{name}.{kind}"] = x.t() if isinstance(layers[0], torch.nn.Linear) else x
+    header, data = {"__metadata__": {"format": "pt"}}, bytearray()
+    for name, x in weights.items():  # safetensors: length of the header, header, numbers
+        raw = x.detach().numpy().tobytes()
+        header[name] = dict(dtype="F32", shape=[*x.shape], data_offsets=[len(data), len(data) + len(raw)])
+        data += raw
+    os.makedirs(folder, exist_ok=True)
+    with open(os.path.join(folder, "model.safetensors"), "wb") as f:
+        head = json.dumps(header).encode()
+        f.write(len(head).to_bytes(8, "little") + head + data)
+
+    # a letter for every byte, as GPT-2 has them; a merge for every way to put a token together
+    plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    order = sorted(range(256), key=lambda byte: byte not in plain)
+    letters = dict(zip(order, map(chr, [*plain, *range(256, 324)])))
+    spell = lambda token: "".join(letters[byte] for byte in token)
+    splits = [(t[:i], t[i:]) for t in ids for i in range(1, len(t))]
+    merges = [[spell(a), spell(b)] for a, b in splits if a in ids and b in ids]
+    bpe = dict(type="BPE", vocab={spell(t): i for t, i in ids.items()}, merges=merges, ignore_merges=True)
+    flags = dict.fromkeys("single_word lstrip rstrip normalized".split(), False)
+    split = dict(type="Split", pattern={"Regex": encoding._pat_str}, behavior="Isolated", invert=False)
+    spelled = dict(type="ByteLevel", add_prefix_space=False, trim_offsets=False, use_regex=False)
+    special = {EOT: dict(id=EOT, ids=[eot], tokens=[EOT])}
+    one = [{"SpecialToken": dict(id=EOT, type_id=0)}, {"Sequence": dict(id="A", type_id=0)}]
+    two = [*one, {"Sequence": dict(id="B", type_id=0)}]
+    begin = dict(type="TemplateProcessing", single=one, pair=two, special_tokens=special)
+    tokenizer = dict(added_tokens=[dict(id=eot, content=EOT, special=True) | flags], post_processor=begin)
+    steps = dict(type="Sequence", pretokenizers=[split, spelled])
+    tokenizer |= dict(pre_tokenizer=steps, model=bpe, decoder=spelled)
+    config = dict(model_type="gpt2", architectures=["GPT2LMHeadModel"], vocab_size=c.vocab_size,
+                  n_positions=c.block_size, n_embd=c.n_embd, n_layer=c.n_layer, n_head=c.n_head,
+                  tie_word_embeddings=c.tie_weights, bos_token_id=eot, eos_token_id=eot)
+    names = dict(tokenizer_class="PreTrainedTokenizerFast", bos_token=EOT, eos_token=EOT)
+    for name, x in ("config", config), ("tokenizer", tokenizer), ("tokenizer_config", names):
+        write_json(os.path.join(folder, f"{name}.json"), x)
+    print(f"{folder}: the language half of {run}, a GPT-2 for transformers")
 
 # ---- command line
 def write(run, model, args):
-    """Print texts that go on from a prompt or, of a picture, captions; of the first also words and gates,
-    drawn into caption.png."""
+    """Print texts that go on from a prompt or, of a picture, captions; the first one's gates: caption.png."""
     encoding, n, block, image = load_tokenizer(run), max(1, args.n_sample), model.config.block_size, None
     encoder, device = load_meta(run)["encoder"], next(model.parameters()).device
     if args.image:
@@ -505,26 +506,26 @@ def write(run, model, args):
     torch.manual_seed(args.seed % 2**63)
     idx = torch.tensor([[encoding.eot_token, *encoding.encode_ordinary(args.prompt)]] * n, device=device)
     expect(idx.size(1) <= block, f"--prompt: {idx.size(1)} tokens do not fit the block of {block}")
-    idx = model.generate(idx, block, image, args.temperature, args.top_k, encoding.eot_token).cpu().numpy()
+    idx = model.generate(idx, block, image, args.temperature, encoding.eot_token).cpu().numpy()
     print(*(encoding.decode(row).split(EOT)[0] for row in idx[:, 1:].tolist()), sep="\n")
     if args.image and model.gated:
         _, (gate,) = read(model, idx[:1, :-1], idx[:1, 1:], features)
-        words = [(word, float(gate[first])) for word, first, _ in words_of(idx[0, 1:], encoding)]
-        print("".join(f"{word:16} {gate:.4f}\n" for word, gate in words), end="")
-        draw_gates(os.path.join(run, "caption.png"), [w for w, _ in words], [g for _, g in words], picture)
+        gates = [(word, gate[first]) for word, first, _ in words_of(idx[0, 1:], encoding)]
+        print("".join(f"{word:16} {g:.4f}\n" for word, g in gates), end="")
+        draw_gates(os.path.join(run, "caption.png"), [w for w, _ in gates], [g for _, g in gates], picture)
 
 FLAGS = [
-    ("babylm_eval", "", "an evaluation_data/full_eval folder; empty = that of the data"),
+    ("babylm_eval", "", "evaluation_data/full_eval; empty = that of the data"),
     ("tasks", ",".join(TASKS), "benchmarks by comma"),
     ("data", "", "where the data of the run are now"),
     ("norms", "", "table of word norms; its first column is the word"),
     ("upos", "", "table of parts of speech: columns word and upos"),
     ("teacher", "", "a text-only run: does the gate look where that is at a loss?"),
+    ("export", "", "folder to write instead: a GPT-2 for transformers"),
     ("image", "", "caption this picture instead"),
     ("prompt", "", "go on from this text instead, or begin the caption with it"),
-    ("n_sample", 0, "texts or captions to write; without a prompt they begin at <eot>"),
+    ("n_sample", 0, "texts or captions to write"),
     ("temperature", 0.0, "of sampling; 0 takes the best token"),
-    ("top_k", 0, "sample from the best so many tokens; 0 = all"),
     ("seed", 1, "of sampling"),
     ("device", "auto", "cpu, cuda, mps, or auto for the best there is"),
 ]
@@ -541,19 +542,18 @@ def main(argv=None):
     expect(set(tasks) <= set(TASKS), f"--tasks {args.tasks}: expected some of {', '.join(TASKS)}")
     for folder in filter(None, (args.babylm_eval, args.data)):
         expect(os.path.isdir(folder), f"{folder}: no such folder")
-    expect(args.temperature >= 0 <= min(args.top_k, args.n_sample), "a flag of sampling is below 0")
+    expect(args.temperature >= 0 <= args.n_sample, "a flag of sampling is below 0")
+    if args.export:
+        expect(len(args.run) == 1, "--export: expected one run")
+        return export(args.run[0], args.export)
     if args.image or args.prompt or args.n_sample:
         return [write(run, load_model(run, device=device), args) for run in args.run]
     for path in filter(None, (args.norms, args.upos)):
         for word, row in read_words(path).items():
             words.setdefault(word, {}).update(row)
-    names = [*dict.fromkeys(map(os.path.normpath, args.run))]
-    found = [run for run in names if os.path.isfile(run) or os.path.isfile(f"{run}/best.pt")]
-    report([run for run in names if run not in found], "folders without a run")
-    expect(found, "nothing to score: expected run folders of train.py")
-    runs = [(x, *evaluate(x, device, args.babylm_eval, tasks, words, args.teacher, args.data)) for x in found]
+    names = dict.fromkeys(map(os.path.normpath, args.run))
+    runs = [(x, *evaluate(x, device, args.babylm_eval, tasks, words, args.teacher, args.data)) for x in names]
     print_table([*fold_seeds(runs)])
-    show_changes([run for run in runs if os.path.isfile(run[0])])
     return {run: numbers for run, _, numbers in runs}
 
 if __name__ == "__main__":

@@ -304,16 +304,13 @@ class GateVLM(nn.Module):
                 module.temperature.fill_(1.0 - 0.9 * min(progress / 0.8, 1.0))
 
     @torch.no_grad()
-    def generate(self, idx, max_new_tokens, image=None, temperature=1.0, top_k=None, eot=None):
+    def generate(self, idx, max_new_tokens, image=None, temperature=1.0, eot=None):
         """Continue idx (B,T), or caption image where idx is <eot>. temperature 0 takes the best token. Ends
         when every row has produced eot, or the block is full."""
         self.eval()
         done = torch.zeros(len(idx), dtype=torch.bool, device=idx.device)
         for _ in range(min(max_new_tokens, self.config.block_size - idx.size(1))):
             logits = self(idx, image).logits[:, -1]  # (B, V)
-            if top_k:
-                least = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]
-                logits = logits.masked_fill(logits < least, -math.inf)
             if temperature == 0:
                 token = logits.argmax(dim=-1)
             else:

@@ -303,16 +303,13 @@ def open_picture(path):
             picture.draft("RGB", (500, 500))  # a JPEG is decoded at about this size
             picture = ImageOps.exif_transpose(picture)
             if picture.mode.startswith("I"):  # 16 bits, which convert() would clip
-                clear = {k: v >> 8 for k, v in picture.info.items() if k == "transparency"}
                 picture = Image.fromarray((np.asarray(picture) >> 8).clip(0, 255).astype(np.uint8))
-                picture.info = clear
             if picture.has_transparency_data:
                 picture = picture.convert("RGBA")
                 picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
             return picture.convert("RGB").reduce(max(1, min(picture.size) // 500))
     except Exception as error:  # whatever its decoder raises
-        way = "save a smaller copy" if isinstance(error, Image.DecompressionBombError) else f"{error!s:.60}"
-        way = "save it as JPEG" if path.lower().endswith(("heic", "heif")) else way
+        way = "save it as JPEG" if path.lower().endswith(("heic", "heif")) else f"{error!s:.60}"
         raise InputError(f"{path}: not a readable picture ({way})") from error
 
 # ---- readers. What cannot be used is counted and named
@@ -486,21 +483,22 @@ def write_json(path, value):
 
 MAX_CAPTION = 128  # tokens with <eot>; longer captions are cut and counted
 def write_stream(path, texts, encoding, most=None):
-    """Texts as uint16, each ended by <eot>, cut to most tokens. Returns their lengths, how many were cut."""
-    lengths, cut = [], 0
+    """Texts as uint16, each ended by <eot>, cut to most tokens: their lengths, how many were cut, words per
+    token."""
+    lengths, cut, words = [], 0, 0
     with open(path, "wb") as f:
         for text in texts:
-            ids = encoding.encode_ordinary(text)
+            ids, words = encoding.encode_ordinary(text), words + len(text.split())
             if most and len(ids) >= most:
                 ids, cut = ids[:most - 1], cut + 1
             f.write(np.array([*ids, encoding.eot_token], np.uint16).tobytes())
             lengths.append(len(ids) + 1)
-    return lengths, cut
+    return lengths, cut, words / max(1, sum(lengths))
 
 def fill_folder(folder, args, text, captions, images, extra):
     """Write text {split: function -> documents}, captions {split: ([caption], rows (n,), fetch)}, where
     fetch(rows) -> (n,K,image_dim), images (encoder, K, image_dim); returns meta."""
-    path, jobs, n_image, count = lambda name: os.path.join(folder, name), [], 0, {}
+    path, jobs, n_image, count, words = lambda name: os.path.join(folder, name), [], 0, {}, {}
     meta = dict(zip(("encoder", "n_image_token", "image_dim"), images)) | {"made_from": vars(args)}
     texts = itertools.chain(captions["train"][0], text["train"]())
     ranks, meta["tokenizer"] = make_tokenizer(args.tokenizer, texts, args.vocab_size)
@@ -511,10 +509,11 @@ def fill_folder(folder, args, text, captions, images, extra):
             f.write(base64.b64encode(token) + b" %d\n" % rank)
     encoding = make_encoding(ranks, meta["tokenizer"])
     for split in "train", "val":
-        lengths, _ = write_stream(path(f"text_{split}.bin"), text[split](), encoding)
+        lengths, _, words[split, "T"] = write_stream(path(f"text_{split}.bin"), text[split](), encoding)
         count[f"text_{split}_tokens"] = sum(lengths)
         lines, rows, fetch = captions[split]
-        lengths, cut = write_stream(path(f"caption_{split}.bin"), lines, encoding, MAX_CAPTION)
+        lengths, cut, words[split, "C"] = write_stream(
+            path(f"caption_{split}.bin"), lines, encoding, MAX_CAPTION)
         np.save(path(f"caption_{split}_offset.npy"), np.cumsum([0, *lengths], dtype=np.int64))
         unique, inverse = np.unique(rows, return_inverse=True)
         np.save(path(f"caption_{split}_image.npy"), (inverse + n_image).astype(np.int32))
@@ -528,7 +527,8 @@ def fill_folder(folder, args, text, captions, images, extra):
         np.lib.format.write_array_header_1_0(f, header)
         for fetch, rows in tqdm(jobs, desc="images", disable=None, leave=False):
             f.write(fetch(rows).astype("<f2").tobytes())
-    meta |= {"count": count} | (extra(folder, encoding) if extra else {})
+    meta |= {"count": count, "words_per_token": {kind: words["train", kind] for kind in "TC"}}
+    meta |= extra(folder, encoding) if extra else {}
     files = sorted(os.path.join(d, f) for d, _, names in os.walk(folder) for f in names)
     meta["sha256"] = {os.path.relpath(f, folder): sha256(f) for f in files}
     write_json(path("meta.json"), meta)
@@ -552,7 +552,7 @@ def write_folder(out, args, source):
 def load_meta(folder):
     """meta.json of a data folder or run folder."""
     meta = read_json(path := os.path.join(folder, "meta.json"))
-    keys = {"encoder", "n_image_token", "image_dim", "tokenizer", "vocab_size", "count", "sha256"}
+    keys = {"encoder", "n_image_token", "image_dim", "tokenizer", "words_per_token", "sha256"}
     expect(isinstance(meta, dict) and keys <= set(meta), f"{path}: of another version; prepare it again")
     return meta
 

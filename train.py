@@ -32,7 +32,6 @@ from gatevlm import pick_device, run_script, save_checkpoint
 # ---- configuration: the defaults are those of Looking to Learn
 ORDERS = {"alternate": ["TC"], "text-first": ["T", "C"], "caption-first": ["C", "T"], "mixed": ["M"]}
 ORDERS |= {"caption-only": ["C"], "text-only": ["T"]}  # each part is repeated --epochs times
-ELIDE = ("none", "regate", "ema", "ref", "random")
 
 @dataclass
 class TrainConfig:
@@ -53,7 +52,7 @@ class TrainConfig:
     warmup_steps: int = option(12000, "steps of linear warm-up before the cosine to zero")
     weight_decay: float = option(0.01, "decay of matrices, per step and learning rate")
     beta2: float = option(0.999, "AdamW: decay of the squared gradient average")
-    elide: str = option("none", "token elision: the score that chooses", ELIDE)
+    elide: str = option("none", "token elision: its score", ("none", "regate", "ema", "ref", "random"))
     elide_by: str = option("target", "elide: the score that keeps a token", ("target", "own"))
     teacher: str = option("", "run folder of a text-only teacher; elide becomes regate")
     keep_ratio: float = option(0.5, "elide: share of each caption that an elided step runs", least=1e-6)
@@ -66,7 +65,7 @@ class TrainConfig:
     eval_interval: int = option(250, "steps between validation losses and writes of last.pt", least=1)
     eval_tokens: int = option(50000, "validation tokens of each kind per evaluation", least=1)
     log_interval: int = option(10, "steps between lines of log.jsonl", least=1)
-    keep_checkpoints: bool = option(False, "keep the weights of evaluations and epochs in checkpoints/")
+    keep_checkpoints: bool = option(False, "keep weights of evaluations, epochs, BabyLM's word counts")
     stop_after: int = option(0, "save and stop after this step; 0 = do not")
     device: str = option("auto", "cpu, cuda, mps, or auto for the best there is")
     compile: bool = option(True, "torch.compile on cuda")
@@ -92,8 +91,8 @@ SMALL = dict(n_layer=6, n_head=6, n_embd=384, n_image_layer=3, epochs=4, batch_t
 SMALL |= dict(lr=6e-4, warmup_steps=200, weight_decay=0.1, beta2=0.95)
 PRESETS = {"toy": TOY, "patches": PATCHES, "laptop": LAPTOP, "small": SMALL, "paper": {}}
 FROM_DATA = ("vocab_size", "image_dim")  # what only the data can know
-FREE = "data device compile lr epochs max_steps grad_accum stop_after keep_checkpoints"  # what can change
-FREE = f"{FREE} eval_interval log_interval".split()  # with --resume
+# what can change with --resume
+FREE = "data device compile lr epochs max_steps grad_accum stop_after keep_checkpoints eval_interval".split()
 
 # ---- flags: every field of both configs is one
 def parse(argv):
@@ -223,20 +222,19 @@ def teacher_losses(config, data, device):
 
 @torch.no_grad()
 def take_weights(model, run, data):
-    """Copy from a run what fits by name and shape, and the positions that both have; print what that is.
-    InputError where the tokenizer is another."""
+    """Copy from a run what fits by name and shape, and positions that both have; print what does not."""
     a, b = (meta["sha256"]["tokenizer.tiktoken"] for meta in (prepare_data.load_meta(run), data.meta))
     expect(a == b, f"--init {run}: its tokenizer is not that of {data.folder}")
-    old, fits = load_checkpoint(os.path.join(run, "best.pt"))["model"], {}
+    old, fresh = load_checkpoint(os.path.join(run, "best.pt"))["model"], {}
     for name, new in model.named_parameters():
         source = old.get(name)
         if name == "position_embedding.weight":
             source, new = source[: len(new)], new[: len(source)]
-        fits[name] = source is not None and source.shape == new.shape
-        new.copy_(source if fits[name] else new)
-    short = lambda name: re.sub(r"\.\d+|\.[^.]*$", "", name)  # blocks.0.attn.proj.bias: blocks.attn.proj
-    part = lambda fit: ", ".join(dict.fromkeys(short(name) for name in fits if fits[name] == fit))
-    print(f"taken from {run}: {part(True)}\nstarts fresh: {part(False)}")
+        if source is not None and source.shape == new.shape:
+            new.copy_(source)
+        else:
+            fresh[re.sub(r"\.\d+|\.[^.]*$", "", name)] = True  # blocks.0.attn.proj.bias: blocks.attn.proj
+    print(f"weights are those of {run}, but fresh: {', '.join(fresh) or 'none'}")
 
 class Run:
     """A run. Its state is parts (model, optimizers, elision) and now, whose step says where it stands."""
@@ -247,8 +245,7 @@ class Run:
         torch.manual_seed(config.seed)
         self.model = self.forward = GateVLM(model_config).to(device)
         if model_config.n_image_token and len(rows := np.unique(data.image_row["train"])):
-            few = data.images(rows[:: math.ceil(len(rows) / 2000)])
-            self.model.image_encoder.measure(torch.from_numpy(few))
+            self.model.image_encoder.measure(torch.from_numpy(data.images(rows[:: len(rows) // 2000 + 1])))
         if config.init and not state:
             take_weights(self.model, config.init, data)
         self.optimizers, self.elision = make_optimizers(self.model, config), None
@@ -262,7 +259,8 @@ class Run:
         kinds = {letter: "".join(kind for kind, _ in self.plan(letter, 0)) for letter in set(config.kinds)}
         self.schedule = "".join(kinds[letter] for letter in config.kinds)[: config.max_steps or None]
         self.starts = np.cumsum([0, *(len(kinds[letter]) for letter in config.kinds)])  # of epochs, in steps
-        self.now = dict(step=0, tokens_seen=0, tokens_processed=0, seconds=0.0, best=None, best_step=0)
+        counts = "step tokens_seen tokens_processed words_seen seconds best_step".split()
+        self.now = dict.fromkeys(counts, 0) | {"best": None}
         if state:  # what is to come can be another schedule, what has been cannot
             self.now, old = state["now"], TrainConfig(**state["config"])
             begun = config.kinds[: np.searchsorted(self.starts, self.now["step"])]
@@ -329,6 +327,7 @@ class Run:
         if world > 1:
             dist.all_reduce(losses)
         self.now["tokens_seen"] += n
+        self.now["words_seen"] += n * self.data.meta["words_per_token"][kind]
         self.now["tokens_processed"] += n_run
         return losses, n_run / n
 
@@ -347,8 +346,10 @@ class Run:
 def train(run):
     """Run the schedule from where the run stands. False when it was stopped."""
     c, now, schedule, clock = run.config, run.now, run.schedule, time.perf_counter()
-    n_step, silent = len(schedule), run.rank > 0 or None  # None: where there is no terminal
-    for step in tqdm(range(now["step"], n_step), initial=now["step"], total=n_step, disable=silent):
+    # what changes at 1M, 2M, ... 10M, 20M, ... words, where BabyLM wants checkpoints
+    millions = lambda words: words // 10 ** max(6, int(math.log10(max(1, words))))
+    n_step, steps = len(schedule), range(now["step"], len(schedule))
+    for step in tqdm(steps, initial=now["step"], total=n_step, disable=run.rank > 0 or None):
         # what is the batch, and do all of its tokens run?
         epoch = int(np.searchsorted(run.starts, step, "right")) - 1
         kind, rows = run.plan(c.kinds[epoch], epoch)[step - run.starts[epoch]]
@@ -360,7 +361,7 @@ def train(run):
         run.model.train()
         if kind == "C":
             run.model.anneal(nth / schedule.count("C"))
-        (loss, contrastive), kept = run.gradients(kind, rows, elided)
+        words, ((loss, contrastive), kept) = now["words_seen"], run.gradients(kind, rows, elided)
         norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), max_norm=1.0)
         lr = learning_rate(step, c, n_step)
         for optimizer in run.optimizers.values():
@@ -375,8 +376,8 @@ def train(run):
         if run.world > 1:  # a signal may reach one process a step before another
             dist.all_reduce(stop := torch.tensor(float(stop), device=run.device))
         due = lambda interval: step == n_step or step % interval == 0
-        ends = step in run.starts
-        keeps = c.keep_checkpoints and (ends or due(c.eval_interval))
+        marks = step in run.starts, millions(words) != millions(now["words_seen"]), due(c.eval_interval)
+        keeps = c.keep_checkpoints and any(marks)
         if due(c.log_interval) or due(c.eval_interval) or keeps or stop:
             name = {"T": "loss_text", "C": "loss_caption"}[kind] if kept == 1 else "loss_kept"
             numbers = {name: loss.item(), "contrastive": contrastive.item(), "grad_norm": norm.item()}
@@ -387,7 +388,7 @@ def train(run):
             if due(c.eval_interval):
                 run.evaluate(epoch)
             if keeps:
-                run.save(f"checkpoints/step_{step:08}.pt", epoch=epoch, kind=c.kinds[epoch], ends_epoch=ends)
+                run.save(f"checkpoints/step_{step:08}.pt", epoch=epoch, kind=c.kinds[epoch])
             if due(c.eval_interval) or stop:
                 run.save("last.pt", run.parts)
             clock = time.perf_counter()

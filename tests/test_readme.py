@@ -59,12 +59,12 @@ def test_the_runs_of_claims_parse(tmp_path):
     (tmp_path / "python").write_text('#!/bin/sh\necho "$@" >> asked\n')
     (tmp_path / "python").chmod(0o755)
     env = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "BABYLM": "b", "FULL_EVAL": "f", "UPOS": "u"}
-    claims = ["bash", tmp_path / "tests" / "claims.sh", "10-toy", "10-photos"]
+    claims = ["bash", tmp_path / "tests" / "claims.sh", "10-toy", "10-photos", "10-why"]
     subprocess.run(claims, env=env, check=True)
     asked = [line.split() for line in (tmp_path / "asked").read_text().splitlines()]
     runs = [train.parse(argv) for script, *argv in asked if script == "train.py"]
-    assert len(runs) == len({flags["out"] for _, flags in runs}) == 2 * (1 + 3 * 5)
-    assert all(resume for resume, _ in runs) and len(asked) == len(runs) + 3
+    assert len(runs) == len({flags["out"] for _, flags in runs}) == 2 * (1 + 2 * 3 * 5) + 2
+    assert all(resume for resume, _ in runs) and len(asked) == len(runs) + 4
     assert subprocess.run([*claims, "99"], env=env, capture_output=True).returncode == 2
 
 def test_inline_commands_and_flags_exist():

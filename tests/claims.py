@@ -1,0 +1,119 @@
+"""
+What the papers claim, measured on runs: python tests/claims.py [explain | swing | why] ...
+
+explain RUN ...            claims 1, 7: do class, concreteness, frequency explain the gate? Of gates.csv
+swing RUN ...              claim 6: what an epoch of each kind does to losses and benchmarks, of checkpoints/
+why PICTURE CHECKPOINT ... claim 10: how much of its captions a run still has to learn
+Runs that differ only in their seed are one, mean +- standard deviation.
+"""
+import csv
+import glob
+import os
+import re
+import sys
+from collections import defaultdict
+
+import numpy as np
+
+sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."))
+import eval as evaluation
+from gatevlm import load_checkpoint, load_model, pick_device
+from prepare_data import Data, read_json
+
+# ---- 1 and 7, what explains the gate
+def kruskal_wallis(groups):
+    """Do groups [(n_i,)] differ in rank? H, n - 1 times the share of variance of the ranks that is between
+    them; None where there is no variance."""
+    r = evaluation.ranks(np.concatenate([*groups, []]))
+    if len(groups) < 2 or np.ptp(r) == 0:
+        return None
+    parts = np.split(r, np.cumsum([len(group) for group in groups])[:-1])
+    between = sum(len(x) * (x.mean() - r.mean()) ** 2 for x in parts)
+    return float((len(r) - 1) * between / ((r - r.mean()) ** 2).sum())
+
+def regression(columns, y):
+    """R2 of least squares of y (n,) on columns [(n,)]; None where there is no unique answer."""
+    X = np.stack([np.ones(len(y)), *columns], axis=1)
+    coef, _, rank, _ = np.linalg.lstsq(X, y, rcond=None)
+    if rank < X.shape[1] or len(y) <= rank or np.ptp(y) == 0:
+        return None
+    return float(1 - ((y - X @ coef) ** 2).sum() / ((y - y.mean()) ** 2).sum())
+
+def explained(rows):
+    """Of gates.csv: H of gates over parts of speech, the share of the variance of words' mean gates that all
+    predictors explain, what it loses without each. For the shares a word counts once."""
+    tags = defaultdict(list)
+    for row in rows:
+        if row["tag"] not in ("X", "other"):
+            tags[row["tag"]].append(float(row["gate"]))
+    norms = [name for name in dict.fromkeys(n for row in rows for n in row) if name.startswith("norm ")]
+    matching = ([n for n in norms if re.search(part, n, re.I)] for part in ("conc", "freq|subtlex|zipf"))
+    predictors, gates, of = [names[0] for names in matching if names], defaultdict(list), {}
+    for row in rows:
+        if row["class"] != "other" and all(row.get(name) not in (None, "") for name in predictors):
+            gates[row["word"]].append(float(row["gate"]))
+            of[row["word"]] = [row["class"] == "content", *(float(row[name]) for name in predictors)]
+    y = np.array([np.mean(gates[word]) for word in of])
+    x = dict(zip(["class", *predictors], np.array([*of.values()], float).T))
+    found = {"H": kruskal_wallis([*tags.values()]), "words": len(y), "R2": regression(x.values(), y)}
+    for name in x if found["R2"] is not None else ():
+        less = regression([x[other] for other in x if other != name], y)
+        found[f"R2 lost without {name}"] = found["R2"] - less
+    return found
+
+def explain(*runs):
+    found = []
+    for run in runs:
+        with open(os.path.join(run, "gates.csv"), encoding="utf-8", newline="") as f:
+            found.append((run, read_json(os.path.join(run, "config.json")), explained([*csv.DictReader(f)])))
+    evaluation.print_table([*evaluation.fold_seeds(found)])
+
+# ---- 6, how scores swing (stability, §6)
+def changes(rows):
+    """How numbers change over an epoch of each kind, on average, of checkpoints in their order."""
+    ends, found = [*{row["epoch"]: row for row in rows}.values()], defaultdict(list)
+    for a, b in zip(ends, ends[1:]):
+        for name in b:
+            if name.startswith(("val_loss", *evaluation.TASKS)) and b[name] is not None:
+                found[f"{name}, change in {b['kind']}"].append(b[name] - a[name])
+    return {name: float(np.mean(x)) for name, x in found.items()}
+
+def swing(*runs):
+    found, device = [], pick_device("auto")
+    for run in runs:
+        paths = sorted(glob.glob(os.path.join(glob.escape(run), "checkpoints", "*.pt")))
+        scored = [evaluation.evaluate(path, device, tasks=("blimp", "winoground")) for path in paths]
+        found.append((run, scored[0][0], changes([row for _, row in scored])))
+    evaluation.print_table([*evaluation.fold_seeds(found)])
+
+# ---- 10, what is left to learn
+def token_losses(path):
+    """Loss in nats of every token of at most 2,000 held-out captions (n,), lowest first."""
+    data = Data(load_checkpoint(path)["config"]["data"])
+    ids = np.arange(len(data.image_row["val"]))[:2000]
+    seen = evaluation.caption_losses(load_model(*os.path.split(path)), data, "val", ids)
+    return np.sort(np.concatenate([loss for loss, _ in seen]))
+
+def shares(loss):
+    """How tokens share loss and gradient, of their losses (n,), lowest first. A token pushes its right logit
+    by 1 - p."""
+    push, half = 1 - np.exp(-loss), len(loss) // 2
+    row = {"loss": loss.mean(), "% of tokens below 0.03": 100 * (loss < 0.03).mean()}
+    row["mean 1 - p"] = push.mean()
+    row["% of loss, hard half"] = 100 * loss[half:].sum() / loss.sum()
+    row["% of gradient, easy half"] = 100 * push[:half].sum() / push.sum()
+    return {name: float(x) for name, x in row.items()}
+
+def why(picture, *paths):
+    """Draw the losses of held-out caption tokens, the easiest first: x percent of them are below y."""
+    curves, rows = {}, []
+    for path in paths:
+        loss = token_losses(path)
+        curves[os.path.basename(os.path.dirname(path))] = [(x, np.quantile(loss, x / 100)) for x in range(96)]
+        rows.append({"run": path} | shares(loss))
+    evaluation.draw_curves(picture, curves)
+    evaluation.print_table(rows)
+
+if __name__ == "__main__":
+    name, *paths = sys.argv[1:]
+    {"explain": explain, "swing": swing, "why": why}[name](*paths)

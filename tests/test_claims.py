@@ -1,0 +1,73 @@
+"""
+claims.py: statistics are published or worked out by hand.
+"""
+
+import numpy as np
+from pytest import approx, mark
+
+import claims
+import train
+from prepare_data import Data
+
+cases = mark.parametrize
+
+@cases("groups, H", [  # documentation of scipy.stats.kruskal, ties; equal rank sums
+    ([[1, 1, 1], [2, 2, 2], [2, 2]], 7), ([[1, 4, 5, 8], [2, 3, 6, 7]], 0),
+    ([[5, 5], [5]], None), ([[1, 2, 3]], None), ([], None)])
+def test_kruskal_wallis(groups, H):
+    assert claims.kruskal_wallis([np.array(x) for x in groups]) == (H if H is None else approx(H, abs=1e-12))
+
+def test_regression_by_hand():
+    """Lane, Online Statistics: sums of squares 4.597 of y, 2.79075 left over."""
+    x, y = np.arange(1.0, 6), np.array([1, 2, 1.3, 3.75, 2.25])
+    assert claims.regression([x], y) == approx(1 - 2.79075 / 4.597)
+
+X = np.arange(5.0)
+
+@cases("columns, y", [([X, 2 * X], X**2), ([np.ones(5)], X), ([X[:2]], X[:2]), ([X], np.ones(5))])
+def test_regression_without_an_answer(columns, y):
+    assert claims.regression(columns, y) is None
+
+def test_what_explains_the_gate_counts_a_word_once():
+    """Without concreteness two means are left, without class a line. H: of two groups, all occurrences."""
+    rng = np.random.default_rng(0)
+    norm, kind = rng.normal(3, 2, 80), rng.integers(0, 2, 80)
+    gate = 1 + 2 * kind - 3 * norm
+    of = dict(DET="function", NOUN="content", X="other")
+    row = lambda word, tag, gate, norm: {
+        "word": word, "tag": tag, "class": of[tag], "gate": str(gate), "norm Conc.M": str(norm)}
+    often = np.r_[:80, :80:2, :80:5]
+    rows = [row(f"w{i}", ("DET", "NOUN")[kind[i]], gate[i], norm[i]) for i in often]
+    found = claims.explained([*rows, row(".", "X", 9, 9), row("new", "NOUN", 9, "")])
+    means, line = [gate[kind == k].mean() for k in kind], np.polyval(np.polyfit(norm, gate, 1), norm)
+    assert found == approx({
+        "H": claims.kruskal_wallis([gate[often][kind[often] == 0], np.r_[gate[often][kind[often] == 1], 9]]),
+        "words": 80, "R2": 1, "R2 lost without norm Conc.M": 1 - np.var(means) / gate.var(),
+        "R2 lost without class": 1 - line.var() / gate.var()})
+
+def test_changes_are_over_whole_epochs():
+    """T costs captions 3, then 1: 2 on average. The row in the middle of an epoch is left out."""
+    row = lambda epoch, kind, loss: dict(epoch=epoch, kind=kind, val_loss_caption=loss, val_loss_text=None)
+    rows = [row(0, "C", 1.0), row(1, "T", 9.0), row(1, "T", 4.0), row(2, "C", 2.5), row(3, "T", 3.5)]
+    want = {"val_loss_caption, change in T": 2, "val_loss_caption, change in C": -1.5}
+    assert claims.changes(rows) == approx(want)
+
+def test_shares_by_hand():
+    """p: 1, 1, a half, a quarter. Losses 0, 0, log 2, 2 log 2; pushes 0, 0, 0.5, 0.75."""
+    found = claims.shares(-np.log([1, 1, 0.5, 0.25]))
+    assert [*found.values()] == approx([0.75 * np.log(2), 50, 1.25 / 4, 100, 0])
+
+def test_the_commands(toy, tmp_path, capsys):
+    """A run through: the tables have a row for the run, and the picture is there."""
+    sizes = "--n_layer 1 --n_head 2 --n_embd 16 --n_image_layer 1 --gate soft-token --device cpu"
+    flags = f"--data {toy} --out {tmp_path}/run --curriculum CT --keep_checkpoints"
+    train.main([*sizes.split(), *flags.split()])
+    claims.explain(str(tmp_path / "run"))
+    claims.swing(str(tmp_path / "run"))
+    out = capsys.readouterr().out
+    assert "R2 lost without class" in out and "val_loss_text, change in T" in out
+    claims.why(str(tmp_path / "why.png"), str(tmp_path / "run" / "last.pt"))
+    loss = claims.token_losses(str(tmp_path / "run" / "last.pt"))
+    assert (tmp_path / "why.png").exists() and (np.diff(loss) >= 0).all()
+    assert len(loss) == len(Data(toy).captions["val"])
+    assert f"{loss.mean():.4f}" in capsys.readouterr().out
