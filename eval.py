@@ -2,7 +2,7 @@
 What a trained run knows: python eval.py out/run [out/another ...] [--babylm_eval DIR] [--image FILE]
 
 From top to bottom: losses with and without the image, five benchmarks, words and their gates, statistics,
-pictures, tables over runs, command line. A checkpoint (out/run/checkpoints/*.pt) may stand where a run does.
+pictures, tables, export, command line. A checkpoint (out/run/checkpoints/*.pt) may stand for a run.
 """
 import argparse
 import csv
@@ -21,8 +21,9 @@ from gatevlm import InputError, expect, load_checkpoint, load_model, pick_device
 from prepare_data import EOT, Data, check_text, load_meta, load_npy, load_tokenizer, make_encoder
 from prepare_data import open_picture, read_json, read_lines, read_rows, unpatch, write_json
 
-# fields of an item: its group (if none, the name of its file), context, right option, wrong one or ones
-SIGHT = dict(winoground=("", "", "caption_0", "caption_1"), vqa=("", "question", "target_ans", "distractors"))
+# of an item: group (of vision tasks the official name, "": of its file), context, right option, wrong ones
+SIGHT = dict(winoground=("WinoGround", "", "caption_0", "caption_1"))
+SIGHT |= dict(vqa=("VQA", "question", "target_ans", "distractors"))
 TASKS = dict(blimp=("UID", "", "sentence_good", "sentence_bad"))
 TASKS |= dict(supplement=("", "", "sentence_good", "sentence_bad"))
 TASKS |= dict(ewok=("Domain", "Context1", "Target1", "Target2")) | SIGHT
@@ -83,7 +84,7 @@ def validate(model, data, most=math.inf, seen=None):
 def read_item(task, row, name):
     """A line of a benchmark -> uid, context, options, image (index into the states, or None), tag."""
     group, context, right, wrong = TASKS[task]
-    item = {"uid": row[group] if group else name, "image": None}
+    item = {"uid": group if task in SIGHT else row[group] if group else name, "image": None}
     tag = row.get("collapsed_tag") or row.get("linguistics_term") or ""  # one of BLiMP's 12 phenomena
     item["tag"] = tag.replace("s-selection", "argument_structure")
     item["context"] = row[context] if context else ""
@@ -208,9 +209,9 @@ def read_words(path):
     table = defaultdict(dict)
     for word, *cells in rows:
         for name, cell in zip(header[1:], cells):
-            if name.lower() == "upos":
+            if name.lower() == "upos" and cell:
                 table[word.lower()].setdefault("upos", cell)
-            elif re.fullmatch(r"[+-]?\d+\.?\d*(e[+-]?\d+)?", cell, re.I):
+            elif re.fullmatch(r"[+-]?\d*\.?\d+(e[+-]?\d+)?", cell, re.I):
                 table[word.lower()].setdefault(name, float(cell))
     print(f"{path}: {len(table):,} words, {', '.join(header[1:])}")
     return table
@@ -356,7 +357,7 @@ def read_log(out):
         return [json.loads(line) for line in f if line.endswith("\n")]
 
 def locate(run):
-    """(folder, name in it) of the checkpoint that run, a folder or a file, stands for."""
+    """(folder, name in it) of the checkpoint that run stands for."""
     folder = run if os.path.isdir(run) else re.sub(r"(/checkpoints)?/[^/]*$", "", os.path.abspath(run))
     return folder, "best.pt" if folder == run else os.path.relpath(run, folder)
 
@@ -364,8 +365,7 @@ def evaluate(run, device, root="", tasks=tuple(TASKS), words=None, teacher="", d
     """All that a run knows: its config and {name: number}. Writes summary.json, predictions/, gates.csv,
     pictures into its folder. Of a checkpoint in it: losses and benchmarks. Without its data: benchmarks."""
     folder, name = locate(run)
-    path = lambda name: os.path.join(folder, name)
-    model = load_model(folder, name, device)
+    path, model = lambda name: os.path.join(folder, name), load_model(folder, name, device)
     config = read_json(path("config.json"))
     data = data or config["train"]["data"]
     root = root or os.path.join(data, "evaluation_data", "full_eval")
@@ -444,7 +444,7 @@ def fold_seeds(runs):
 # ---- export
 def export(run, folder):
     """Write the language half of a run as a GPT-2 of transformers, <eot> before every text."""
-    encoding, model = load_tokenizer(locate(run)[0]), load_model(*locate(run))
+    model, encoding = load_model(*locate(run)), load_tokenizer(locate(run)[0])
     c, eot, ids = model.config, encoding.eot_token, encoding._mergeable_ranks
     parts = {"wte": [model.token_embedding], "wpe": [model.position_embedding], "ln_f": [model.ln]}
     for i, b in enumerate(model.blocks):
@@ -461,7 +461,7 @@ def export(run, folder):
         raw = x.detach().numpy().tobytes()
         header[name] = dict(dtype="F32", shape=[*x.shape], data_offsets=[len(data), len(data) + len(raw)])
         data += raw
-    os.makedirs(folder, exist_ok=True)
+    os.makedirs(folder)
     with open(os.path.join(folder, "model.safetensors"), "wb") as f:
         head = json.dumps(header).encode()
         f.write(len(head).to_bytes(8, "little") + head + data)
@@ -474,16 +474,16 @@ def export(run, folder):
     splits = [(t[:i], t[i:]) for t in ids for i in range(1, len(t))]
     merges = [[spell(a), spell(b)] for a, b in splits if a in ids and b in ids]
     bpe = dict(type="BPE", vocab={spell(t): i for t, i in ids.items()}, merges=merges, ignore_merges=True)
-    flags = dict.fromkeys("single_word lstrip rstrip normalized".split(), False)
+    end = dict.fromkeys("single_word lstrip rstrip normalized".split(), False) | {"special": True}
     split = dict(type="Split", pattern={"Regex": encoding._pat_str}, behavior="Isolated", invert=False)
     spelled = dict(type="ByteLevel", add_prefix_space=False, trim_offsets=False, use_regex=False)
     special = {EOT: dict(id=EOT, ids=[eot], tokens=[EOT])}
     one = [{"SpecialToken": dict(id=EOT, type_id=0)}, {"Sequence": dict(id="A", type_id=0)}]
-    two = [*one, {"Sequence": dict(id="B", type_id=0)}]
-    begin = dict(type="TemplateProcessing", single=one, pair=two, special_tokens=special)
-    tokenizer = dict(added_tokens=[dict(id=eot, content=EOT, special=True) | flags], post_processor=begin)
+    begin = dict(type="TemplateProcessing", single=one, special_tokens=special)
+    begin["pair"] = [*one, {"Sequence": dict(id="B", type_id=0)}]
+    tokenizer = dict(added_tokens=[end | dict(id=eot, content=EOT)], model=bpe, decoder=spelled)
     steps = dict(type="Sequence", pretokenizers=[split, spelled])
-    tokenizer |= dict(pre_tokenizer=steps, model=bpe, decoder=spelled)
+    tokenizer |= dict(pre_tokenizer=steps, post_processor=begin)
     config = dict(model_type="gpt2", architectures=["GPT2LMHeadModel"], vocab_size=c.vocab_size,
                   n_positions=c.block_size, n_embd=c.n_embd, n_layer=c.n_layer, n_head=c.n_head,
                   tie_word_embeddings=c.tie_weights, bos_token_id=eot, eos_token_id=eot)
@@ -547,7 +547,7 @@ def main(argv=None):
         expect(len(args.run) == 1, "--export: expected one run")
         return export(args.run[0], args.export)
     if args.image or args.prompt or args.n_sample:
-        return [write(run, load_model(run, device=device), args) for run in args.run]
+        return [write(x, load_model(x, name, device), args) for x, name in map(locate, args.run)]
     for path in filter(None, (args.norms, args.upos)):
         for word, row in read_words(path).items():
             words.setdefault(word, {}).update(row)

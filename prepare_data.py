@@ -190,7 +190,8 @@ def toy_items(rng, n):
 
 # ---- tokenizer
 # words keep the space before them; letters, digits and the rest never mix
-PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?[^\W\d_]+| ?\d+| ?(?:[^\w\s]|_)+|\s+(?!\S)|\s+"
+JOIN = "\u200c\u200d"  # letters to some
+PATTERN = rf"'(?:[sdmt]|ll|ve|re)| ?[^\W\d_{JOIN}]+| ?\d+| ?(?:[^\w\s]|[_{JOIN}])+|\s+(?!\S)|\s+"
 EOT = "<|endoftext|>"  # the name under which tiktoken looks for eot_token
 
 def train_bpe(texts, vocab_size):
@@ -314,7 +315,7 @@ def open_picture(path):
 
 # ---- readers. What cannot be used is counted and named
 def report(bad, what, skip=True):
-    """Count and name what is left out; InputError without skip."""
+    """Count and name what is left out, or InputError."""
     if bad:
         names = f"{len(bad):,} {what}: {', '.join(bad[:3])}{', ...' * (len(bad) > 3)}"
         expect(skip, f"{names}; --skip leaves them out")
@@ -339,7 +340,7 @@ def read_lines(path, most=1 << 20):
 
 LINES, LONGEST = 8, 50_000  # lines of a document, characters of a line: text may have no line ends
 def documents(paths):
-    """Yield documents: LINES lines, fewer before a blank line or where lines are long."""
+    """Yield documents: LINES lines, fewer before a blank or where they are long."""
     for path in paths:
         lines = []
         for _, line in itertools.chain(read_lines(path, LONGEST), [(0, "\n")]):
@@ -476,21 +477,21 @@ def sha256(path):
     return digest.hexdigest()
 
 def write_json(path, value):
-    """First under another name: a crash leaves the old file or the new one."""
+    """A crash leaves the old or the new one."""
     with open(f"{path}.part", "w", encoding="utf-8") as f:
         json.dump(value, f, indent=1, ensure_ascii=False)
     os.replace(f"{path}.part", path)
 
 MAX_CAPTION = 128  # tokens with <eot>; longer captions are cut and counted
 def write_stream(path, texts, encoding, most=None):
-    """Texts as uint16, each ended by <eot>, cut to most tokens: their lengths, how many were cut, words per
-    token."""
+    """Texts as uint16, each with <eot>, cut to most tokens: lengths, number cut, words per token."""
     lengths, cut, words = [], 0, 0
     with open(path, "wb") as f:
         for text in texts:
-            ids, words = encoding.encode_ordinary(text), words + len(text.split())
+            ids = encoding.encode_ordinary(text)
             if most and len(ids) >= most:
                 ids, cut = ids[:most - 1], cut + 1
+            words += len(encoding.decode(ids).split())
             f.write(np.array([*ids, encoding.eot_token], np.uint16).tobytes())
             lengths.append(len(ids) + 1)
     return lengths, cut, words / max(1, sum(lengths))
@@ -553,7 +554,7 @@ def load_meta(folder):
     """meta.json of a data folder or run folder."""
     meta = read_json(path := os.path.join(folder, "meta.json"))
     keys = {"encoder", "n_image_token", "image_dim", "tokenizer", "words_per_token", "sha256"}
-    expect(isinstance(meta, dict) and keys <= set(meta), f"{path}: of another version; prepare it again")
+    expect(isinstance(meta, dict) and keys <= set(meta), f"{path}: of another version: make it again")
     return meta
 
 def check_whole(folder, meta, name):

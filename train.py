@@ -30,8 +30,7 @@ from gatevlm import Elision, GateVLM, GateVLMConfig, InputError, check, expect, 
 from gatevlm import pick_device, run_script, save_checkpoint
 
 # ---- configuration: the defaults are those of Looking to Learn
-ORDERS = {"alternate": ["TC"], "text-first": ["T", "C"], "caption-first": ["C", "T"], "mixed": ["M"]}
-ORDERS |= {"caption-only": ["C"], "text-only": ["T"]}  # each part is repeated --epochs times
+ORDERS = {"alternate": "TC", "mixed": "M", "caption-only": "C", "text-only": "T"}  # times --epochs
 
 @dataclass
 class TrainConfig:
@@ -42,7 +41,7 @@ class TrainConfig:
     seed: int = option(1, "seed of weights, dropout and data order")
     curriculum: str = option("alternate", f"epochs, T text, C captions, M mixed, or {', '.join(ORDERS)}")
     epochs: int = option(10, "epochs of each kind in a named curriculum", least=1)
-    mix: int = option(4, "caption steps per text step of an M epoch", least=1)
+    mix: float = option(4.0, "M epochs: caption steps per text step; 0.1: ten text steps to one", least=0.01)
     max_steps: int = option(0, "end the schedule after so many steps; 0 = the whole curriculum")
     images: bool = option(True, "--no-images trains on captions as text, without any image module")
     batch_tokens: int = option(8192, "tokens per step, over all parts and GPUs", least=1)
@@ -79,7 +78,7 @@ class TrainConfig:
 
     @property
     def kinds(self):  # the curriculum spelled out, a letter an epoch
-        return "".join(part * self.epochs for part in ORDERS.get(self.curriculum, [])) or self.curriculum
+        return ORDERS.get(self.curriculum, "") * self.epochs or self.curriculum
 
 # The quick presets gate per token: one number for each word can be checked against a picture.
 QUICK = dict(n_layer=4, n_head=4, block_size=64, gate="soft-token", curriculum="mixed", batch_tokens=1024)
@@ -143,9 +142,10 @@ def epoch_plan(letter, epoch, config, block_size, data):
         captions = [captions[i] for i in rng.permutation(len(captions))]
     if letter != "M":
         return text + captions
-    mixed = []
-    for i, batch in enumerate(captions, 1):  # text starts over when it is used up
-        mixed += [batch] if i % config.mix else [batch, text[(i // config.mix - 1) % len(text)]]
+    n, mixed = round(max(config.mix, 1 / config.mix)), []
+    one, other = (captions, text) if config.mix >= 1 else (text, captions)
+    for i, batch in enumerate(one, 1):  # the other starts over when it is used up
+        mixed += [batch] if i % n else [batch, other[(i // n - 1) % len(other)]]
     return mixed
 
 def learning_rate(step, config, n_step):
@@ -262,9 +262,8 @@ class Run:
         counts = "step tokens_seen tokens_processed words_seen seconds best_step".split()
         self.now = dict.fromkeys(counts, 0) | {"best": None}
         if state:  # what is to come can be another schedule, what has been cannot
-            self.now, old = state["now"], TrainConfig(**state["config"])
-            begun = config.kinds[: np.searchsorted(self.starts, self.now["step"])]
-            fits = old.kinds.startswith(begun) and self.now["step"] <= len(self.schedule)
+            self.now |= state["now"]
+            fits = self.now["step"] <= len(self.schedule)
             expect(fits, f"{config.out} is at step {self.now['step']}: its past cannot change")
             for name, part in self.parts.items():
                 part.load_state_dict(state[name])

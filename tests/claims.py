@@ -1,6 +1,7 @@
 """
-What the papers claim, measured on runs: python tests/claims.py [explain | swing | why] ...
+What the papers claim, measured on runs: python tests/claims.py [film | explain | swing | why] ...
 
+film GIF RUN               claim 1: a caption's gates while a run learns, a frame for each of checkpoints/
 explain RUN ...            claims 1, 7: do class, concreteness, frequency explain the gate? Of gates.csv
 swing RUN ...              claim 6: what an epoch of each kind does to losses and benchmarks, of checkpoints/
 why PICTURE CHECKPOINT ... claim 10: how much of its captions a run still has to learn
@@ -8,17 +9,35 @@ Runs that differ only in their seed are one, mean +- standard deviation.
 """
 import csv
 import glob
+import io
 import os
 import re
 import sys
 from collections import defaultdict
 
 import numpy as np
+from PIL import Image, ImageDraw, ImageFont
 
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."))
 import eval as evaluation
 from gatevlm import load_checkpoint, load_model, pick_device
 from prepare_data import Data, read_json
+
+def checkpoints(run):
+    return sorted(glob.glob(os.path.join(glob.escape(run), "checkpoints", "*.pt")))
+
+# ---- 1, gates while a run learns
+def film(gif, run):
+    data, frames = Data(read_json(os.path.join(run, "config.json"))["train"]["data"]), []
+    for path in checkpoints(run):
+        frame = io.BytesIO()
+        frame.name = "frame.png"  # tells Pillow the format
+        evaluation.gate_picture(frame, load_model(*os.path.split(path)), data)
+        frames.append(Image.open(frame).convert("RGB"))
+        step = f"step {load_checkpoint(path)['now']['step']:,}"
+        ImageDraw.Draw(frames[-1]).text((1000, 14), step, "black", ImageFont.load_default(18), anchor="ra")
+    times = [400] * (len(frames) - 1) + [3000]  # milliseconds
+    frames[0].save(gif, save_all=True, append_images=frames[1:], duration=times, loop=0)
 
 # ---- 1 and 7, what explains the gate
 def kruskal_wallis(groups):
@@ -70,7 +89,7 @@ def explain(*runs):
 
 # ---- 6, how scores swing (stability, §6)
 def changes(rows):
-    """How numbers change over an epoch of each kind, on average, of checkpoints in their order."""
+    """How numbers change over an epoch of each kind (a cut last one, too), on average, of checkpoints."""
     ends, found = [*{row["epoch"]: row for row in rows}.values()], defaultdict(list)
     for a, b in zip(ends, ends[1:]):
         for name in b:
@@ -81,8 +100,7 @@ def changes(rows):
 def swing(*runs):
     found, device = [], pick_device("auto")
     for run in runs:
-        paths = sorted(glob.glob(os.path.join(glob.escape(run), "checkpoints", "*.pt")))
-        scored = [evaluation.evaluate(path, device, tasks=("blimp", "winoground")) for path in paths]
+        scored = [evaluation.evaluate(x, device, tasks=("blimp", "winoground")) for x in checkpoints(run)]
         found.append((run, scored[0][0], changes([row for _, row in scored])))
     evaluation.print_table([*evaluation.fold_seeds(found)])
 
@@ -108,12 +126,13 @@ def why(picture, *paths):
     """Draw the losses of held-out caption tokens, the easiest first: x percent of them are below y."""
     curves, rows = {}, []
     for path in paths:
-        loss = token_losses(path)
-        curves[os.path.basename(os.path.dirname(path))] = [(x, np.quantile(loss, x / 100)) for x in range(96)]
+        loss, step = token_losses(path), load_checkpoint(path)["now"]["step"]
+        name = os.path.basename(evaluation.locate(path)[0])
+        curves[f"{name}, step {step}"] = [(x, np.quantile(loss, x / 100)) for x in range(96)]
         rows.append({"run": path} | shares(loss))
     evaluation.draw_curves(picture, curves)
     evaluation.print_table(rows)
 
 if __name__ == "__main__":
     name, *paths = sys.argv[1:]
-    {"explain": explain, "swing": swing, "why": why}[name](*paths)
+    {"film": film, "explain": explain, "swing": swing, "why": why}[name](*paths)

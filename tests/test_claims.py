@@ -3,9 +3,11 @@ claims.py: statistics are published or worked out by hand.
 """
 
 import numpy as np
+from PIL import Image
 from pytest import approx, mark
 
 import claims
+import eval as evaluation
 import train
 from prepare_data import Data
 
@@ -57,7 +59,7 @@ def test_shares_by_hand():
     found = claims.shares(-np.log([1, 1, 0.5, 0.25]))
     assert [*found.values()] == approx([0.75 * np.log(2), 50, 1.25 / 4, 100, 0])
 
-def test_the_commands(toy, tmp_path, capsys):
+def test_the_commands(toy, tmp_path, capsys, monkeypatch):
     """A run through: the tables have a row for the run, and the picture is there."""
     sizes = "--n_layer 1 --n_head 2 --n_embd 16 --n_image_layer 1 --gate soft-token --device cpu"
     flags = f"--data {toy} --out {tmp_path}/run --curriculum CT --keep_checkpoints"
@@ -66,8 +68,15 @@ def test_the_commands(toy, tmp_path, capsys):
     claims.swing(str(tmp_path / "run"))
     out = capsys.readouterr().out
     assert "R2 lost without class" in out and "val_loss_text, change in T" in out
-    claims.why(str(tmp_path / "why.png"), str(tmp_path / "run" / "last.pt"))
+    paths, curves = sorted(map(str, (tmp_path / "run" / "checkpoints").iterdir())), []
+    draw = evaluation.draw_curves
+    monkeypatch.setattr(evaluation, "draw_curves", lambda *args: curves.append(args[1]) or draw(*args))
+    claims.why(str(tmp_path / "why.png"), *paths, str(tmp_path / "run" / "last.pt"))
+    assert [*curves[0]] == [f"run, step {int(path[-11:-3])}" for path in paths]  # the last is last.pt, too
     loss = claims.token_losses(str(tmp_path / "run" / "last.pt"))
     assert (tmp_path / "why.png").exists() and (np.diff(loss) >= 0).all()
     assert len(loss) == len(Data(toy).captions["val"])
+    claims.film(str(tmp_path / "film.gif"), str(tmp_path / "run"))
+    with Image.open(tmp_path / "film.gif") as film:
+        assert film.n_frames == len(list((tmp_path / "run" / "checkpoints").iterdir())) > 1
     assert f"{loss.mean():.4f}" in capsys.readouterr().out

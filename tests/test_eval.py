@@ -220,13 +220,13 @@ def test_words_have_a_class_without_a_table():
 def test_a_table_of_norms_as_published(tmp):
     """As Brysbaert's, with texts and NA; a quote is a word, the first row of a word counts."""
     path = write(tmp / "t", "Word\tBigram\tConc.M\tConc.SD\tSUBTLEX\tDom_Pos", "Red\t0\t4\t1.5\t60\tAdj",
-                 "dog\t0\t-5e-1\tNA\t\tNoun", '"\t0\tnan\t0\t5\tinf', "red\t1\t1\t1\t1\t")
+                 "dog\t0\t-.5e0\tNA\t\tNoun", '"\t0\tnan\t0\t5\tinf', "red\t1\t1\t1\t1\t")
     red, dog = {"Bigram": 0, "Conc.M": 4, "Conc.SD": 1.5, "SUBTLEX": 60}, {"Bigram": 0, "Conc.M": -0.5}
     assert ev.read_words(path) == {"red": red, "dog": dog, '"': {"Bigram": 0, "Conc.SD": 0, "SUBTLEX": 5}}
 
 def test_a_table_with_commas(tmp):
-    path = write(tmp / "t", "word,UPOS,AoA", '"no, one",PRON,1')
-    assert ev.read_words(path) == {"no, one": dict(upos="PRON", AoA=1)}
+    path = write(tmp / "t", "word,UPOS,AoA", '"no, one",PRON,1', "hm,,2")
+    assert ev.read_words(path) == {"no, one": dict(upos="PRON", AoA=1), "hm": dict(AoA=2)}
     with raises(InputError, match=r"\A.*/t: expected a header, .*\Z"):
         ev.read_words(write(tmp / "t", "word,x", "red,1,2"))
 

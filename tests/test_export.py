@@ -22,17 +22,19 @@ from prepare_data import load_tokenizer
 ROOT = Path(__file__).resolve().parent.parent
 SIZES = "--n_layer 2 --n_head 2 --n_embd 32 --n_image_layer 1 --block_size 96 --dropout 0.1 --device cpu"
 
-@fixture(scope="module")
-def exported(tmp_path_factory):
-    """A model with pictures, untrained, whose tokenizer learned from the README."""
+@fixture(scope="module", params=["--tie_weights", "--no-tie_weights --no-images"])
+def exported(tmp_path_factory, request):
+    """A run of one step, whose tokenizer learned from the README."""
     tmp = tmp_path_factory.mktemp("export")
     text = [line for line in (ROOT / "README.md").read_text(encoding="utf-8").split("\n") if line.strip()]
+    text += ["👩‍👩‍👧 क्‍ष"] * 50  # joined by U+200D, which regular expressions disagree on
     for color in "red", "blue":
         Image.new("RGB", (20, 20), color).save(tmp / f"{color}.png")
     captions = "".join(f"{('red', 'blue')[i % 2]}.png\t{line}\n" for i, line in enumerate(text))
     (tmp / "captions.txt").write_text(captions, encoding="utf-8")
     data = prepare_data.main(["photos", str(tmp), "--vocab_size", "1500", "--out", f"{tmp}/data"])
-    train.main([*SIZES.split(), *f"--data {data} --out {tmp}/run --curriculum C --max_steps 1".split()])
+    flags = f"--data {data} --out {tmp}/run --curriculum C --max_steps 1 --keep_checkpoints {request.param}"
+    train.main([*SIZES.split(), *flags.split()])
     ev.main([f"{tmp}/run", "--export", f"{tmp}/gpt2"])
     return f"{tmp}/run", tmp / "gpt2"
 
@@ -40,7 +42,8 @@ def lines(n):
     """Random lines of words, numbers, punctuation, emoji, many spaces and line ends."""
     rng = random.Random(0)
     words = (ROOT / "README.md").read_text(encoding="utf-8").split()
-    words += ["don't", "x1y22", "🙂", "👩‍👩‍👧", "é", "ß", "日本語", "\u00a0", "  "]
+    words = [word for word in words if "endoftext" not in word]  # it is special to them
+    words += ["don't", "x1y22", "🙂", "👩‍👩‍👧", "क्‍ष", "é", "ß", "日本語", "\u00a0", "  "]
     words += ["\n", "\n\n", "\t", "___", "..."]
     piece = lambda: rng.choice(words) + rng.choice(["", " ", " ", " ", "  "])
     return ["".join(piece() for _ in range(rng.randint(1, 12))) for _ in range(n)]
@@ -83,14 +86,21 @@ def test_weights_are_those_of_a_gpt2(exported):
     weights = read_safetensors(folder / "model.safetensors")
     idx = torch.arange(40) * 37 % config["vocab_size"]
     torch.testing.assert_close(gpt2(weights, idx, config["n_head"]), load_model(run)(idx[None]).logits[0])
-    sizes = dict(vocab_size=1500, n_positions=96, n_embd=32, n_layer=2, n_head=2, tie_word_embeddings=True)
+    sizes = dict(vocab_size=1500, n_positions=96, n_embd=32, n_layer=2, n_head=2)
     assert config == config | sizes and config["bos_token_id"] == 1499 == load_tokenizer(run).eot_token
+    tied = torch.equal(weights["lm_head.weight"], weights["transformer.wte.weight"])
+    assert config["tie_word_embeddings"] == tied == load_model(run).config.tie_weights
 
 def test_a_checkpoint_is_exported_and_of_two_runs_none(exported, tmp_path):
     run, folder = exported
-    ev.main([f"{run}/best.pt", "--export", str(tmp_path / "x")])
+    (path,) = (Path(run) / "checkpoints").iterdir()  # of the only step, as best.pt
+    ev.main([str(path), "--export", str(tmp_path / "x")])
     for path in folder.iterdir():
         assert path.read_bytes() == (tmp_path / "x" / path.name).read_bytes()
+    for there in str(tmp_path / "x"), run:  # never over what is there
+        with raises(OSError):
+            ev.main([run, "--export", there])
+    assert (Path(run) / "config.json").read_bytes() != (folder / "config.json").read_bytes()
     with raises(InputError, match="expected one run"):
         ev.main([run, run, "--export", str(tmp_path / "y")])
 

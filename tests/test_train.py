@@ -173,9 +173,8 @@ def plan(letter, epoch=0, data=stub(), block_size=32, **values):
 @pytest.mark.parametrize(
     "order, epochs, kinds",
     [
-        ("alternate", 3, "TCTCTC"), ("text-first", 2, "TTCC"), ("caption-first", 2, "CCTT"),
-        ("mixed", 3, "MMM"), ("caption-only", 2, "CC"), ("text-only", 2, "TT"), ("TTCM", 9, "TTCM"),
-        ("C", 9, "C"),
+        ("alternate", 3, "TCTCTC"), ("mixed", 3, "MMM"), ("caption-only", 2, "CC"), ("text-only", 2, "TT"),
+        ("TTCM", 9, "TTCM"), ("C", 9, "C"),
     ],
 )
 def test_named_orders_expand_to_epochs_and_letters_stand_for_themselves(order, epochs, kinds):
@@ -215,6 +214,15 @@ def test_a_mixed_epoch_has_a_text_batch_after_every_few_caption_batches():
         rows for kind, rows in plan("M", mix=3, data=stub(n_text=70)) if kind == "T"
     ]  # one batch of two blocks
     assert len(texts) > 5 and all(np.array_equal(rows, texts[0]) for rows in texts)  # text starts over
+
+def test_a_mixed_epoch_of_more_text_has_a_caption_batch_after_every_few_text_batches():
+    plan_of = lambda letter: plan(letter, mix=0.25, data=stub(n_text=30_000))
+    kinds = "".join(kind for kind, _ in plan_of("M"))
+    assert re.fullmatch("(TTTTC)*T{0,3}", kinds) and kinds.count("T") == len(plan_of("T"))
+    n = len(plan("C"))  # captions start over; 512 tokens are a batch
+    batches = plan("M", mix=0.25, data=stub(n_text=512 * 4 * (n + 5) + 1))
+    captions = [rows.tolist() for kind, rows in batches if kind == "C"]
+    assert len(captions) == n + 5 and captions[n:] == captions[:5]
 
 def test_a_plan_is_a_function_of_seed_and_epoch_only():
     key = lambda batches: [(kind, rows.tolist()) for kind, rows in batches]
@@ -468,10 +476,10 @@ def test_the_same_line_starts_a_run_goes_on_with_it_and_reports_it(toy, tmp_path
 
 def test_resume_refuses_what_would_change_its_past(toy, other, tmp_path):
     out = tmp_path / "run"
-    run(out, toy, "--curriculum text-first --epochs 1 --stop_after 4")  # 3 steps of text, 1 of captions
+    run(out, toy, "--curriculum TC --stop_after 4")  # 3 steps of text, 1 of captions
     for flags in (
-        "--n_layer 3", "--seed 2", "--batch_tokens 512", "--preset laptop", "--curriculum TC",
-        f"--data {other}", "--epochs 2", "--max_steps 3",
+        "--n_layer 3", "--seed 2", "--batch_tokens 512", "--preset laptop", "--curriculum CT",
+        f"--data {other}", "--max_steps 3",
     ):
         assert str(out) in refused("--resume", "--out", out, *flags.split()), flags
     assert "--resume goes on" in refused(*TINY.split(), "--data", toy, "--out", out)
@@ -808,18 +816,20 @@ def test_babylms_counts_of_words_have_checkpoints(toy, tmp_path):
     data = shutil.copytree(toy, tmp_path / "data")
     meta = json.loads((data / "meta.json").read_text())
     assert meta["words_per_token"]["C"] == pytest.approx(0.8, abs=0.1)  # a full stop and <eot> are none
-    meta["words_per_token"]["C"] = 1200
+    meta["words_per_token"] = rate = {"C": 1200, "T": 500}
     (data / "meta.json").write_text(json.dumps(meta))
-    flags = "--curriculum CCCCC --keep_checkpoints --eval_interval 100 --log_interval 1"
+    flags = "--curriculum CCTCCC --keep_checkpoints --eval_interval 100 --log_interval 1"
     run(tmp_path / "run", data, flags)
     lines = [line for line in evaluation.read_log(tmp_path / "run") if "words_seen" in line]
     seen = [line["words_seen"] for line in lines]
-    assert seen == [1200 * line["tokens_seen"] for line in lines] and seen[-1] > 2e7
+    for a, b in zip([dict(words_seen=0, tokens_seen=0), *lines], lines):
+        assert b["words_seen"] - a["words_seen"] == rate[b["kind"]] * (b["tokens_seen"] - a["tokens_seen"])
+    assert seen[-1] > 2e7
     marks = [*range(10**6, 10**7, 10**6), *range(10**7, 10**8, 10**7)]
     want = {next(i for i, x in enumerate(seen, 1) if x >= mark) for mark in marks if mark <= seen[-1]}
-    n = len(seen) // 5
-    kept = sorted(int(name[5:-3]) for name in os.listdir(tmp_path / "run" / "checkpoints"))
-    assert kept == sorted(want | {n, 2 * n, 3 * n, 4 * n, 5 * n})
+    ends = {a["step"] for a, b in zip(lines, lines[1:]) if a["epoch"] < b["epoch"]} | {lines[-1]["step"]}
+    kept = {int(name[5:-3]) for name in os.listdir(tmp_path / "run" / "checkpoints")}
+    assert kept == want | ends
 
 def test_killed_again_and_again_is_never_killed(toy, tmp_path, pytestconfig):
     """SIGKILL at random moments, also while it saves; --resume ends with the weights of a run left alone."""
