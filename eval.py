@@ -116,8 +116,8 @@ def read_task(root, task):
     return items, states
 
 def score(model, items, encoding, states=None, batch_tokens=4096):
-    """Sum of the log-probabilities in nats of every option of every item, [(n_option,)], and how many texts
-    were longer than the block: of those the end is read."""
+    """Sum of the log-probabilities in nats of every option of every item, [(n_option,)], and [uid] of texts
+    longer than the block: of those the end is read."""
     texts, block = [], model.config.block_size
     for n, item in enumerate(items):
         before = len(item["context"].encode())
@@ -138,7 +138,7 @@ def score(model, items, encoding, states=None, batch_tokens=4096):
         total[pick] = -read(model, idx, targets, image)[0].sum(axis=1, dtype=np.float64)
     expect(np.isfinite(total).all(), "a score is NaN: weights or image features are damaged")
     ends = np.cumsum([len(item["options"]) for item in items])
-    return np.split(total, ends[:-1]), sum(cut > 0 for *_, cut in texts)
+    return np.split(total, ends[:-1]), [items[n]["uid"] for n, *_, cut in texts if cut]
 
 def accuracies(task, items, scores):
     """{name: percent right} of a task and its groups. The first option is right, and a tie is, too."""
@@ -169,10 +169,10 @@ def benchmark(model, encoding, root, tasks=tuple(TASKS)):
         if not items or looks and states is None:
             print(f"{task}: left out, no {root}/{task}{'_states.npy' if items else '_filtered/*.jsonl'}")
             continue
-        scores, n_cut = score(model, items, encoding, states if looks else None)
+        scores, cut = score(model, items, encoding, states if looks else None)
         results |= accuracies(task, items, scores)
         ties = sum(int((x == x.max()).sum() > 1) for x in scores)
-        print(f"{task}: {len(items):,} items, {ties} ties, {n_cut} texts cut to the end that fits")
+        print(f"{task}: {len(items):,} items, {ties} ties, {len(cut)} texts cut to their end", *{*cut})
         if task in SIGHT:
             blind = score(model, items, encoding)[0] if looks else scores
             results |= {f"{name} blind": x for name, x in accuracies(task, items, blind).items()}

@@ -122,10 +122,11 @@ def test_scores_are_those_of_a_plain_loop(toy, toy16, world, changes):
         items, states = ev.read_task(f"{REAL if world == 'real' else folder}/{ROOT}", task)
         items = items[:4] + items[-4:]
         for images in (states if model.config.n_image_token else None, None)[: len(items)]:
-            found, n_cut = ev.score(model.train(), items, encoding, images, 100)
+            found, cut = ev.score(model.train(), items, encoding, images, 100)
             each = [plain_score(model, encoding, item, x, images) for item in items for x in item["options"]]
             close(np.concatenate(found), [total for total, _ in each])
-            assert n_cut == sum(cut for _, cut in each)
+            uids = [item["uid"] for item in items for _ in item["options"]]
+            assert cut == [uid for uid, (_, long) in zip(uids, each) if long]
         if task == "winoground":  # the last round was blind: no caption is right of both its pictures
             assert ev.accuracies(task, items, found)[task] == 50
 
@@ -136,8 +137,8 @@ def test_a_token_counts_that_ends_in_the_option(monkeypatch):
     losses = lambda model, idx, targets, image: ((targets != -1) * 2.0 ** np.arange(idx.shape[1]), None)
     monkeypatch.setattr(ev, "read", losses)
     for block, context, total, cut in (9, "ask", 12, 0), (9, "", 15, 0), (3, "ask", 6, 1), (1, "ask", 1, 1):
-        item = dict(context=context, options=["no"])
-        assert ev.score(Stub(config=Stub(block_size=block)), [item], encoding) == ([[-total]], cut)
+        item = dict(uid="u", context=context, options=["no"])
+        assert ev.score(Stub(config=Stub(block_size=block)), [item], encoding) == ([[-total]], ["u"] * cut)
 
 ROWS = {  # an item of each task. Its options are a and b, its context is c
     "blimp": dict(UID="u", sentence_good="a", sentence_bad="b", linguistics_term="s-selection"),
@@ -149,7 +150,7 @@ ROWS = {  # an item of each task. Its options are a and b, its context is c
 @cases("task, uid, context, image, tag", [
     ("blimp", "u", "", None, "argument_structure"), ("supplement", "file", "", None, ""),
     ("ewok", "u", "c", None, ""),
-    ("winoground", "file", "", (4, 1), "t"), ("vqa", "file", "c", (4,), "t")])
+    ("winoground", "WinoGround", "", (4, 1), "t"), ("vqa", "VQA", "c", (4,), "t")])
 def test_items_are_read(tmp, task, uid, context, image, tag):
     write(tmp / f"{task}_filtered/file.jsonl", ROWS[task])
     item = dict(uid=uid, context=context, image=image, tag=tag, options=["a", "b"])
@@ -188,7 +189,7 @@ def test_percentages_by_hand(task, groups, scores, want):
 
 def test_predictions_are_official_and_missing_tasks_named(monkeypatch, tmp, capsys):
     """All items are ties but the first of vqa, when seen. A model without eyes needs no features."""
-    score = lambda model, items, encoding, states=None: ([np.array([states is None, 1]), np.array([1, 1])], 7)
+    score = lambda model, items, encoding, states=None: ([np.array([states is None, 1]), np.array([1, 1])], ["VQA"] * 7)
     monkeypatch.setattr(ev, "score", score)
     benchmark = lambda n: ev.benchmark(Stub(config=Stub(n_image_token=n)), None, tmp)
     for task in "blimp", "vqa":
@@ -200,9 +201,9 @@ def test_predictions_are_official_and_missing_tasks_named(monkeypatch, tmp, caps
     np.save(tmp / "vqa_states.npy", np.zeros((5, 8)))
     results, predictions = benchmark(1)
     rows = lambda uid, *texts: {"predictions": [{"id": f"{uid}_{i}", "pred": x} for i, x in enumerate(texts)]}
-    assert predictions == {"blimp": {"u": rows("u", "a", "a")}, "vqa": {"f": rows("f", " b", " a")}}
+    assert predictions == {"blimp": {"u": rows("u", "a", "a")}, "vqa": {"VQA": rows("VQA", " b", " a")}}
     assert (results["vqa"], results["vqa blind"]) == (50, 100)
-    assert "vqa: 2 items, 1 ties, 7 texts cut" in capsys.readouterr().out
+    assert "vqa: 2 items, 1 ties, 7 texts cut to their end VQA\n" in capsys.readouterr().out
 
 # ---- words and their gates
 @cases("pieces, words", [  # spaces belong to words; é in two halves

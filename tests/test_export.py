@@ -134,7 +134,7 @@ def test_scores_are_those_of_a_plain_loop(loaded, toy, task):
     """Choice by choice: sums of the log-probabilities of the tokens that end in the option."""
     run, model, tokenizer = loaded
     items, _ = ev.read_task(f"{toy}/evaluation_data/full_eval", task)
-    scores, n_cut = ev.score(load_model(run), items, load_tokenizer(run))
+    scores, cut = ev.score(load_model(run), items, load_tokenizer(run))
     for item, ours in zip(items, scores):
         plain, start = [], len(item["context"])
         for option in item["options"]:
@@ -145,4 +145,4 @@ def test_scores_are_those_of_a_plain_loop(loaded, toy, task):
             plain.append(sum(logits[i - 1, ids[i]].item() for i in range(1, len(ids)) if ends[i] > start))
         np.testing.assert_allclose(ours, plain, atol=1e-3)
         assert np.argmax(ours) == np.argmax(plain)
-    assert n_cut == 0 and len(items) >= 200
+    assert not cut and len(items) >= 200
