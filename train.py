@@ -245,7 +245,8 @@ class Run:
         torch.manual_seed(config.seed)
         self.model = self.forward = GateVLM(model_config).to(device)
         if model_config.n_image_token and len(rows := np.unique(data.image_row["train"])):
-            self.model.image_encoder.measure(torch.from_numpy(data.images(rows[:: len(rows) // 2000 + 1])))
+            few = data.images(rows[:: math.ceil(len(rows) / 2000)])
+            self.model.image_encoder.measure(torch.from_numpy(few))
         if config.init and not state:
             take_weights(self.model, config.init, data)
         self.optimizers, self.elision = make_optimizers(self.model, config), None
