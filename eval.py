@@ -29,7 +29,7 @@ TASKS |= dict(supplement=("", "", "sentence_good", "sentence_bad"))
 TASKS |= dict(ewok=("Domain", "Context1", "Target1", "Target2")) | SIGHT
 CLASSES = {tag: "function" for tag in "ADP AUX CCONJ DET PART PRON SCONJ".split()}
 CLASSES |= {tag: "content" for tag in "ADJ ADV NOUN NUM PROPN VERB".split()}
-FUNCTION_WORDS = """a an the this that these some no all of in on at by for with from to into and or but if
+FUNCTION_WORDS = """a an the this that these of in on at by for with from to into and or but if
     not i you he she it we they me him her my his its who what there is are was be do has have""".split()
 
 # ---- losses
@@ -185,7 +185,7 @@ def benchmark(model, encoding, root, tasks=tuple(TASKS)):
 
 # ---- words and their gates
 def words_of(ids, encoding):
-    """Targets of a caption -> [(word, position of its first token, where its gate is read, and after it)]."""
+    """Targets of a caption -> [(word, position of its first token, after its last)]."""
     words, letters = [], False  # letters: the piece before can be continued
     for position, token in enumerate(np.asarray(ids).tolist()):
         piece = encoding.decode_single_token_bytes(token) if 0 <= token != encoding.eot_token else b""
@@ -198,7 +198,7 @@ def words_of(ids, encoding):
     return [(word.decode(errors="replace").strip(), *at) for word, *at in words if word.strip()]
 
 def word_class(word, upos):
-    """"function", "content" or "other", by a table {word: part of speech}, or else by FUNCTION_WORDS."""
+    """Function, content, other: by a table {word: part of speech}, or else by FUNCTION_WORDS."""
     guess = "function" if word in FUNCTION_WORDS else "content" if any(map(str.isalpha, word)) else "other"
     return CLASSES.get(upos.get(word, "").upper(), "other") if upos else guess
 
@@ -213,7 +213,7 @@ def read_words(path):
                 table[word.lower()].setdefault("upos", cell)
             elif re.fullmatch(r"[+-]?\d*\.?\d+(e[+-]?\d+)?", cell, re.I):
                 table[word.lower()].setdefault(name, float(cell))
-    print(f"{path}: {len(table):,} words, {', '.join(header[1:])}")
+    print(f"{path}: {len(table):,} words")
     return table
 
 def word_table(model, data, seen, words, teacher=None):
@@ -249,15 +249,14 @@ def spearman(x, y):
     return float(np.corrcoef(ranks(x), ranks(y))[0, 1]) if varies else None
 
 def gate_report(rows):
-    """What the gate learned, of word_table: {name: number} with its mean per class and part of speech,
-    Spearman's rho with norms; and the words, most visual first."""
+    """Of word_table: {name: number}, gates per class and part of speech, Spearman's rho with norms; and the
+    words, most visual first."""
     column = lambda name, part=rows: np.array([row[name] for row in part])
     gate = column("gate")
     by = {name: {v: gate[column(name) == v] for v in sorted({*column(name)})} for name in ("class", "tag")}
     found = {f"gate of {v}": x.mean() for groups in by.values() for v, x in groups.items()}
     found |= {f"loss of {v}": column("loss")[column("class") == v].mean() for v in by["class"]}
     found["gate sd"] = gate.std()
-
     # from here on a word counts once
     _, first, which, n = np.unique(column("word"), return_index=True, return_inverse=True, return_counts=True)
     mean = np.bincount(which, gate) / n
@@ -265,7 +264,6 @@ def gate_report(rows):
     for name in sorted({name for word in words for name in word if name.startswith("norm ")}):
         part = [word for word in words if name in word]
         found[f"rho {name[5:]}"] = spearman(column(name, part), column("gate", part))
-
     # the two papers: does the gate look where the image saves loss, and where a teacher cannot predict?
     found["rho loss saved"] = spearman(1 - gate, column("loss_no_image") - column("loss"))
     if "loss_teacher" in rows[0]:
@@ -276,7 +274,7 @@ def gate_report(rows):
 
 # ---- pictures
 INK, GRID, LOOKS = "#1e1e1e", "#e1e1e1", "#f58c28"
-COLORS = "#c85014", "#1e5ab4", "#288c46", "#823ca0", INK, INK
+COLORS = "#ebb496", "#96b9e6", "#c85014", "#1e5ab4", INK, INK  # the first stand behind
 font = ImageFont.load_default
 
 def new_canvas(width, height, title):
@@ -295,7 +293,7 @@ def draw_gates(path, words, gates, picture=None, kept=None):
             x, y = left, y + 100
         boxes.append((x, y, x + width, y + 44))
         x += width + 8
-    canvas, draw = new_canvas(1020, max(y + 110, 320), "how much each word looks at the picture (1 - gate)")
+    canvas, draw = new_canvas(1020, max(y + 110, 320), "how much each word looks at the picture")
     if picture:
         sharp = Image.NEAREST if picture.width < 128 else Image.LANCZOS
         canvas.paste(ImageOps.contain(picture, (256, 256), sharp), (20, 44))
@@ -309,7 +307,7 @@ def draw_gates(path, words, gates, picture=None, kept=None):
     canvas.save(path)
 
 def draw_curves(path, series):
-    """Losses {label: [(step, y)]}. The highest 5%, those of the first steps, are cut."""
+    """Losses {label: [(step, y)]}. The highest 5%, of the first steps, are cut."""
     series = {label: line for label, line in series.items() if line}
     x, y = np.array([point for line in series.values() for point in line]).T
     x0, x1, y0, y1 = x.min(), x.max(), y.min(), np.quantile(y, 0.95) + 1e-9
@@ -320,9 +318,10 @@ def draw_curves(path, series):
         draw.line((*px(x0, y), *px(x1, y)), GRID)
         draw.text((62, px(x, y)[1]), f"{y:.3g}", INK, font(14), anchor="rm")
         draw.text((px(x, y)[0], 438), f"{x:,.0f}", INK, font(14), anchor="ma")
-    last = 0
-    for (label, line), color in sorted(zip(series.items(), COLORS), key=lambda x: -x[0][1][-1][1]):
+    last, named = 0, [*zip(series.items(), COLORS)]
+    for (_, line), color in named:
         draw.line([px(*point) for point in line], color, 2)
+    for (label, line), color in sorted(named, key=lambda x: -x[0][1][-1][1]):
         last = max(px(*line[-1])[1], last + 16)
         draw.text((768, last), f"{label} {line[-1][1]:.3g}", color, font(14), anchor="lm")
     canvas.save(path)
@@ -362,8 +361,8 @@ def locate(run):
     return folder, "best.pt" if folder == run else os.path.relpath(run, folder)
 
 def evaluate(run, device, root="", tasks=tuple(TASKS), words=None, teacher="", data=""):
-    """All that a run knows: its config and {name: number}. Writes summary.json, predictions/, gates.csv,
-    pictures into its folder. Of a checkpoint in it: losses and benchmarks. Without its data: benchmarks."""
+    """All that a run knows: config and {name: number}; writes summary.json, predictions/, gates.csv and
+    pictures. Of a checkpoint: losses and benchmarks. Without its data: benchmarks."""
     folder, name = locate(run)
     path, model = lambda name: os.path.join(folder, name), load_model(folder, name, device)
     config = read_json(path("config.json"))
@@ -394,8 +393,9 @@ def evaluate(run, device, root="", tasks=tuple(TASKS), words=None, teacher="", d
         os.makedirs(home, exist_ok=True)
         write_json(f"{home}/predictions.json", chosen)
     log, curves = read_log(folder), {}
-    for name in "loss_caption", "val_loss_caption", "loss_text", "val_loss_text":
-        curves[name] = [(line["step"], line[name]) for line in log if line.get(name) is not None]
+    for name, k in ("loss_caption", 20), ("loss_text", 20), ("val_loss_caption", 1), ("val_loss_text", 1):
+        x = np.array([(line["step"], line[name]) for line in log if line.get(name) is not None])
+        curves[name] = [x[i : i + k].mean(axis=0) for i in range(len(x) - k + 1)]  # smooth
     floors = {name: [(0, x), (numbers["step"], x)] for name, x in numbers.items() if name.startswith("floor")}
     draw_curves(path("loss.png"), curves | floors)
     if model.gated and len(data.image_row["val"]):
@@ -494,7 +494,7 @@ def export(run, folder):
 
 # ---- command line
 def write(run, model, args):
-    """Print texts that go on from a prompt or, of a picture, captions; the first one's gates: caption.png."""
+    """Print texts that go on from a prompt or captions of a picture, the first with gates: caption.png."""
     encoding, n, block, image = load_tokenizer(run), max(1, args.n_sample), model.config.block_size, None
     encoder, device = load_meta(run)["encoder"], next(model.parameters()).device
     if args.image:
@@ -522,18 +522,18 @@ FLAGS = [
     ("upos", "", "table of parts of speech: columns word and upos"),
     ("teacher", "", "a text-only run: does the gate look where that is at a loss?"),
     ("export", "", "folder to write instead: a GPT-2 for transformers"),
-    ("image", "", "caption this picture instead"),
-    ("prompt", "", "go on from this text instead, or begin the caption with it"),
-    ("n_sample", 0, "texts or captions to write"),
+    ("image", "", "picture to caption instead"),
+    ("prompt", "", "text to go on from, or to begin the caption with"),
+    ("n_sample", 0, "texts to write"),
     ("temperature", 0.0, "of sampling; 0 takes the best token"),
     ("seed", 1, "of sampling"),
     ("device", "auto", "cpu, cuda, mps, or auto for the best there is"),
 ]
 
 def main(argv=None):
-    """Score runs or checkpoints and print a table of them; returns their {name: number}."""
+    """Score runs and print a table of them; returns their {name: number}."""
     p = argparse.ArgumentParser(usage="eval.py RUN [RUN ...] [--flag value] ...", allow_abbrev=False)
-    p.add_argument("run", nargs="+", help="run folder of train.py, or a checkpoint in it")
+    p.add_argument("run", nargs="+", help="run folder, or a checkpoint in it")
     for name, default, text in FLAGS:
         text += f" (default: {default!r})"
         p.add_argument(f"--{name}", type=type(default), default=default, help=text)

@@ -346,6 +346,19 @@ def test_a_run_leaves_numbers_pictures_and_a_table(run, tmp):
     assert re.search(",red,function,ADP,.*,5.0\n", (run / "gates.csv").read_text())
     assert {path.name for path in run.glob("*.png")} == {"loss.png", "gates.png", "gates_by_class.png"}
 
+def test_training_curves_are_smoothed_and_stand_behind(run, monkeypatch):
+    """A batch holds captions of one length, so its loss jumps: 1, 3, 1, 3, ... becomes 2."""
+    lines = [{"step": 10 * i, "loss_caption": 1 + 2 * (i % 2)} for i in range(30)]
+    lines += [{"step": i, "val_loss_caption": i} for i in (5, 9)]
+    drawn = []
+    monkeypatch.setattr(ev, "read_log", lambda out: lines)
+    monkeypatch.setattr(ev, "draw_curves", lambda path, series: drawn.append(series))
+    ev.evaluate(run, "cpu", tasks=["ewok"])
+    names = ["loss_caption", "loss_text", "val_loss_caption", "val_loss_text", "floor_with_image"]
+    assert [*drawn[0]][:5] == names
+    close(drawn[0]["loss_caption"], [(95 + 10 * i, 2) for i in range(11)])
+    close(drawn[0]["val_loss_caption"], [(5, 5), (9, 9)])
+
 def test_a_single_picture_has_no_other(run, monkeypatch):
     monkeypatch.setattr(ev, "Data", lambda folder: (data := Data(folder)).image_row["val"].fill(300) or data)
     make(run, save=True, gate="none")
