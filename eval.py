@@ -308,8 +308,8 @@ def draw_gates(path, words, gates, picture=None, kept=None):
 
 def draw_curves(path, series):
     """Losses {label: [(step, y)]}. The highest 5%, of the first steps, are cut."""
-    series = {label: line for label, line in series.items() if line}
-    x, y = np.array([point for line in series.values() for point in line]).T
+    lines = [(label, line, color) for (label, line), color in zip(series.items(), COLORS) if line]
+    x, y = np.array([point for _, line, _ in lines for point in line]).T
     x0, x1, y0, y1 = x.min(), x.max(), y.min(), np.quantile(y, 0.95) + 1e-9
     canvas, draw = new_canvas(1000, 480, "loss in nats per token")
     px = lambda x, y: (70 + 690 * (x - x0) / max(1, x1 - x0), 430 - 370 * (min(y, y1) - y0) / (y1 - y0))
@@ -318,10 +318,10 @@ def draw_curves(path, series):
         draw.line((*px(x0, y), *px(x1, y)), GRID)
         draw.text((62, px(x, y)[1]), f"{y:.3g}", INK, font(14), anchor="rm")
         draw.text((px(x, y)[0], 438), f"{x:,.0f}", INK, font(14), anchor="ma")
-    last, named = 0, [*zip(series.items(), COLORS)]
-    for (_, line), color in named:
+    last = 0
+    for _, line, color in lines:
         draw.line([px(*point) for point in line], color, 2)
-    for (label, line), color in sorted(named, key=lambda x: -x[0][1][-1][1]):
+    for label, line, color in sorted(lines, key=lambda x: -x[1][-1][1]):
         last = max(px(*line[-1])[1], last + 16)
         draw.text((768, last), f"{label} {line[-1][1]:.3g}", color, font(14), anchor="lm")
     canvas.save(path)
@@ -393,7 +393,7 @@ def evaluate(run, device, root="", tasks=tuple(TASKS), words=None, teacher="", d
         os.makedirs(home, exist_ok=True)
         write_json(f"{home}/predictions.json", chosen)
     log, curves = read_log(folder), {}
-    for name, k in ("loss_caption", 20), ("loss_text", 20), ("val_loss_caption", 1), ("val_loss_text", 1):
+    for name, k in ("loss_caption", 10), ("loss_text", 10), ("val_loss_caption", 1), ("val_loss_text", 1):
         x = np.array([(line["step"], line[name]) for line in log if line.get(name) is not None])
         curves[name] = [x[i : i + k].mean(axis=0) for i in range(len(x) - k + 1)]  # smooth
     floors = {name: [(0, x), (numbers["step"], x)] for name, x in numbers.items() if name.startswith("floor")}
