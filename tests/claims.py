@@ -4,6 +4,7 @@ What the papers claim, measured on runs: python tests/claims.py [film | explain 
 film GIF RUN               claim 1: a caption's gates while a run learns, a frame for each of checkpoints/
 explain RUN ...            claims 1, 7: do class, concreteness, frequency explain the gate? Of gates.csv
 swing RUN ...              claim 6: what an epoch of each kind does to losses and benchmarks, of checkpoints/
+                           (FULL_EVAL=evaluation_data/full_eval, where the data bring none)
 why PICTURE CHECKPOINT ... claim 10: how much of its captions a run still has to learn
 Runs that differ only in their seed are one, mean +- standard deviation.
 """
@@ -98,9 +99,9 @@ def changes(rows):
     return {name: float(np.mean(x)) for name, x in found.items()}
 
 def swing(*runs):
-    found, device = [], pick_device("auto")
+    found, where = [], (pick_device("auto"), os.environ.get("FULL_EVAL", ""), ("blimp", "winoground"))
     for run in runs:
-        scored = [evaluation.evaluate(x, device, tasks=("blimp", "winoground")) for x in checkpoints(run)]
+        scored = [evaluation.evaluate(path, *where) for path in checkpoints(run)]
         found.append((run, scored[0][0], changes([row for _, row in scored])))
     evaluation.print_table([*evaluation.fold_seeds(found)])
 
