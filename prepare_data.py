@@ -240,7 +240,7 @@ def online(load, *names, way):
     """What load downloads once; where there is no network InputError says a way around."""
     try:
         return load(*names)
-    except Exception as error:  # of many classes
+    except Exception as error:  # many classes
         raise InputError(f"no {names[-1]}: go online once, {way}") from error
 
 def make_tokenizer(kind, texts, vocab_size):
@@ -309,7 +309,7 @@ def open_picture(path):
                 picture = picture.convert("RGBA")
                 picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
             return picture.convert("RGB").reduce(max(1, min(picture.size) // 500))
-    except Exception as error:  # whatever its decoder raises
+    except Exception as error:  # of its decoder
         way = "save it as JPEG" if path.lower().endswith(("heic", "heif")) else f"{error!s:.60}"
         raise InputError(f"{path}: not a readable picture ({way})") from error
 
@@ -340,7 +340,7 @@ def read_lines(path, most=1 << 20):
 
 LINES, LONGEST = 8, 50_000  # lines of a document, characters of a line: text may have no line ends
 def documents(paths):
-    """Yield documents: LINES lines, fewer before a blank or where they are long."""
+    """Yield documents: LINES lines, fewer before a blank or where long."""
     for path in paths:
         lines = []
         for _, line in itertools.chain(read_lines(path, LONGEST), [(0, "\n")]):
@@ -491,7 +491,8 @@ def write_stream(path, texts, encoding, most=None):
             ids = encoding.encode_ordinary(text)
             if most and len(ids) >= most:
                 ids, cut = ids[:most - 1], cut + 1
-            words += len(encoding.decode(ids).split())
+                text = encoding.decode(ids)
+            words += len(text.split())
             f.write(np.array([*ids, encoding.eot_token], np.uint16).tobytes())
             lengths.append(len(ids) + 1)
     return lengths, cut, words / max(1, sum(lengths))

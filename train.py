@@ -376,8 +376,8 @@ def train(run):
         if run.world > 1:  # a signal may reach one process a step before another
             dist.all_reduce(stop := torch.tensor(float(stop), device=run.device))
         due = lambda interval: step == n_step or step % interval == 0
-        marks = step in run.starts, millions(words) != millions(now["words_seen"]), due(c.eval_interval)
-        keeps = c.keep_checkpoints and any(marks)
+        ends, mark = step in run.starts, millions(words) != millions(now["words_seen"])
+        keeps = c.keep_checkpoints and (ends or mark or due(c.eval_interval))
         if due(c.log_interval) or due(c.eval_interval) or keeps or stop:
             name = {"T": "loss_text", "C": "loss_caption"}[kind] if kept == 1 else "loss_kept"
             numbers = {name: loss.item(), "contrastive": contrastive.item(), "grad_norm": norm.item()}
@@ -388,7 +388,7 @@ def train(run):
             if due(c.eval_interval):
                 run.evaluate(epoch)
             if keeps:
-                run.save(f"checkpoints/step_{step:08}.pt", epoch=epoch, kind=c.kinds[epoch])
+                run.save(f"checkpoints/step_{step:08}.pt", epoch=epoch, kind=c.kinds[epoch], ends_epoch=ends)
             if due(c.eval_interval) or stop:
                 run.save("last.pt", run.parts)
             clock = time.perf_counter()

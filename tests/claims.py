@@ -90,8 +90,8 @@ def explain(*runs):
 
 # ---- 6, how scores swing (stability, §6)
 def changes(rows):
-    """How numbers change over an epoch of each kind (a cut last one, too), on average, of checkpoints."""
-    ends, found = [*{row["epoch"]: row for row in rows}.values()], defaultdict(list)
+    """How numbers change over a whole epoch of each kind, on average, of checkpoints in their order."""
+    ends, found = [row for row in rows if row["ends_epoch"]], defaultdict(list)
     for a, b in zip(ends, ends[1:]):
         for name in b:
             if name.startswith(("val_loss", *evaluation.TASKS)) and b[name] is not None:

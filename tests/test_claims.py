@@ -49,8 +49,10 @@ def test_what_explains_the_gate_counts_a_word_once():
 
 def test_changes_are_over_whole_epochs():
     """T costs captions 3, then 1: 2 on average. The row in the middle of an epoch is left out."""
-    row = lambda epoch, kind, loss: dict(epoch=epoch, kind=kind, val_loss_caption=loss, val_loss_text=None)
-    rows = [row(0, "C", 1.0), row(1, "T", 9.0), row(1, "T", 4.0), row(2, "C", 2.5), row(3, "T", 3.5)]
+    row = lambda kind, loss, ends=True: dict(
+        kind=kind, ends_epoch=ends, val_loss_caption=loss, val_loss_text=None)
+    rows = [row("C", 1.0), row("T", 9.0, False), row("T", 4.0), row("C", 2.5), row("T", 3.5)]
+    rows.append(row("C", 0.0, False))  # of an epoch that was cut
     want = {"val_loss_caption, change in T": 2, "val_loss_caption, change in C": -1.5}
     assert claims.changes(rows) == approx(want)
 

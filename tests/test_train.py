@@ -388,6 +388,7 @@ def test_checkpoints_of_every_evaluation_and_epoch_say_where_they_stand(finished
     assert paths == [f"step_{step:08}.pt" for step in sorted({*range(4, last, 4), *ends, last})]
     for path in paths:
         now = load_checkpoint(f"{finished.out}/checkpoints/{path}")["now"]
+        assert now["ends_epoch"] == (now["step"] in (*ends, last))
         assert now["kind"] == "TCM"[now["epoch"]] and now["epoch"] == sum(now["step"] > end for end in ends)
 
 def test_the_image_encoder_knows_its_training_images(finished, toy):
@@ -810,6 +811,12 @@ def test_what_the_shell_ignores_stays_ignored(toy, tmp_path, monkeypatch):
     monkeypatch.setattr(train.Run, "gradients", spy)
     assert run(tmp_path / "run", toy, "--curriculum C --max_steps 2")["step"] == 2
     signal.signal(signal.SIGHUP, before)
+
+def test_the_end_of_a_cut_schedule_is_no_end_of_an_epoch(toy, tmp_path):
+    run(tmp_path / "run", toy, "--curriculum CT --max_steps 3 --keep_checkpoints")  # an epoch of captions: 4
+    resume(tmp_path / "run", "--max_steps 0")
+    found = [load_checkpoint(path)["now"] for path in sorted((tmp_path / "run" / "checkpoints").iterdir())]
+    assert [(now["step"], now["ends_epoch"]) for now in found] == [(3, False), (4, True), (7, True)]
 
 def test_babylms_counts_of_words_have_checkpoints(toy, tmp_path):
     """Millions of words are what a word is counted as here: after 1M to 10M each one, then each ten."""
