@@ -171,8 +171,8 @@ def benchmark(model, encoding, root, tasks=tuple(TASKS)):
             continue
         scores, cut = score(model, items, encoding, states if looks else None)
         results |= accuracies(task, items, scores)
-        ties = sum(int((x == x.max()).sum() > 1) for x in scores)
-        print(f"{task}: {len(items):,} items, {ties} ties, {len(cut)} texts cut to their end", *sorted({*cut}))
+        n = sum(int((x == x.max()).sum() > 1) for x in scores)
+        print(f"{task}: {len(items):,} items, {n} ties, {len(cut)} texts cut to their end", *sorted({*cut}))
         if task in SIGHT:
             blind = score(model, items, encoding)[0] if looks else scores
             results |= {f"{name} blind": x for name, x in accuracies(task, items, blind).items()}
