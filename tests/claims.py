@@ -1,10 +1,12 @@
 """
-What the papers claim, measured on runs: python tests/claims.py [film | explain | swing | why] ...
+What the papers claim, measured on runs: python tests/claims.py COMMAND ..., as claims.sh asks for it.
 
+table NAME,NAME RUN ...    numbers of summary.json, minutes and steps, in Markdown
 film GIF RUN               claim 1: a caption's gates while a run learns, a frame for each of checkpoints/
 explain RUN ...            claims 1, 7: do class, concreteness, frequency explain the gate? Of gates.csv
+flat DATA FOLDER           claim 4: the same data with one long vector per picture instead of its patches
 swing RUN ...              claim 6: what an epoch of each kind does to losses and benchmarks, of checkpoints/
-                           (FULL_EVAL=evaluation_data/full_eval, where the data bring none)
+                           (FULL_EVAL=evaluation_data/full_eval where the data bring none: no BLiMP then)
 why PICTURE CHECKPOINT ... claim 10: how much of its captions a run still has to learn
 Runs that differ only in their seed are one, mean +- standard deviation.
 """
@@ -13,6 +15,7 @@ import glob
 import io
 import os
 import re
+import shutil
 import sys
 from collections import defaultdict
 
@@ -22,10 +25,21 @@ from PIL import Image, ImageDraw, ImageFont
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."))
 import eval as evaluation
 from gatevlm import load_checkpoint, load_model, pick_device
-from prepare_data import Data, read_json
+from prepare_data import Data, read_json, sha256, write_json
 
 def checkpoints(run):
     return sorted(glob.glob(os.path.join(glob.escape(run), "checkpoints", "*.pt")))
+
+def table(names, *runs):
+    found, names = [], [*names.split(","), "minutes", "step"]
+    for run in runs:
+        config, summary = (read_json(os.path.join(run, f"{name}.json")) for name in ("config", "summary"))
+        summary["minutes"] = summary["seconds"] / 60
+        found.append((run, config, {name: summary.get(name) for name in names}))
+    text = lambda x: f"{x:.4g}" if type(x) is float else str("" if x is None else x).replace("+-", "± ")
+    rows = [*evaluation.fold_seeds(found)]
+    for cells in [rows[0], ["---"] * len(rows[0]), *(map(text, row.values()) for row in rows)]:
+        print("|", " | ".join(cells), "|")
 
 # ---- 1, gates while a run learns
 def film(gif, run):
@@ -88,6 +102,16 @@ def explain(*runs):
             found.append((run, read_json(os.path.join(run, "config.json")), explained([*csv.DictReader(f)])))
     evaluation.print_table([*evaluation.fold_seeds(found)])
 
+# ---- 4, one image token for all pixels
+def flat(source, folder):
+    shutil.copytree(source, folder)
+    path, meta = os.path.join(folder, "image.npy"), read_json(os.path.join(folder, "meta.json"))
+    image = np.load(path)
+    np.save(path, image.reshape(len(image), 1, -1))  # (N, K, image_dim) -> (N, 1, K * image_dim)
+    meta |= dict(n_image_token=1, image_dim=image[0].size, encoder="flat")  # no pixels that can be drawn
+    meta["sha256"]["image.npy"] = sha256(path)
+    write_json(os.path.join(folder, "meta.json"), meta)
+
 # ---- 6, how scores swing (stability, §6)
 def changes(rows):
     """How numbers change over a whole epoch of each kind, on average, of checkpoints in their order."""
@@ -99,7 +123,8 @@ def changes(rows):
     return {name: float(np.mean(x)) for name, x in found.items()}
 
 def swing(*runs):
-    found, where = [], (pick_device("auto"), os.environ.get("FULL_EVAL", ""), ("blimp", "winoground"))
+    root = os.environ.get("FULL_EVAL", "")
+    found, where = [], (pick_device("auto"), root, ("winoground",) if root else ("blimp", "winoground"))
     for run in runs:
         scored = [evaluation.evaluate(path, *where) for path in checkpoints(run)]
         found.append((run, scored[0][0], changes([row for _, row in scored])))
@@ -136,4 +161,5 @@ def why(picture, *paths):
 
 if __name__ == "__main__":
     name, *paths = sys.argv[1:]
-    {"film": film, "explain": explain, "swing": swing, "why": why}[name](*paths)
+    commands = dict(table=table, film=film, explain=explain, flat=flat, swing=swing, why=why)
+    commands[name](*paths)

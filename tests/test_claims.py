@@ -9,7 +9,7 @@ from pytest import approx, mark
 import claims
 import eval as evaluation
 import train
-from prepare_data import Data
+from prepare_data import Data, write_json
 
 cases = mark.parametrize
 
@@ -60,6 +60,25 @@ def test_shares_by_hand():
     """p: 1, 1, a half, a quarter. Losses 0, 0, log 2, 2 log 2; pushes 0, 0, 0.5, 0.75."""
     found = claims.shares(-np.log([1, 1, 0.5, 0.25]))
     assert [*found.values()] == approx([0.75 * np.log(2), 50, 1.25 / 4, 100, 0])
+
+def test_a_table_has_means_over_seeds_in_markdown(tmp_path, capsys):
+    """1, 2 and 4: mean 7/3, squared distances 16/9, 1/9 and 25/9, whose half of the sum is 7/3."""
+    for seed, loss in enumerate([1.0, 2.0, 4.0, 5.0], 1):
+        (tmp_path / str(seed)).mkdir()
+        config = {"train": {"seed": seed, "lr": seed // 4, "out": str(seed)}, "model": {}}
+        write_json(tmp_path / str(seed) / "config.json", config)
+        write_json(tmp_path / str(seed) / "summary.json", {"a loss": loss, "seconds": 90.0, "step": 7})
+    claims.table("a loss", *(str(tmp_path / str(seed)) for seed in range(1, 5)))
+    rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines()]
+    assert rows[0] == ["| run", "seeds", "a loss", "minutes", "step |"] and len({*map(len, rows)}) == 1
+    assert rows[2][1:] == ["3", "2.333 ± 1.5", "1.5 ± 0", "7 ± 0 |"]
+    assert rows[3] == [f"| {tmp_path}/4", "1", "5", "1.5", "7 |"]
+
+def test_flat_data_hold_the_same_pixels_in_one_vector(toy16, tmp_path):
+    claims.flat(toy16, str(tmp_path / "flat"))
+    flat, patches = Data(str(tmp_path / "flat")), Data(toy16)
+    assert flat.images([7]).shape == (1, 1, 16 * 768) == (1, 1, flat.meta["image_dim"])
+    assert (flat.images([7]).reshape(1, 16, 768) == patches.images([7])).all()
 
 def test_the_commands(toy, tmp_path, capsys, monkeypatch):
     """A run through: the tables have a row for the run, and the picture is there."""

@@ -53,19 +53,25 @@ def test_every_command_parses(command, monkeypatch, capsys):
         assert "unknown" not in str(error.value)
 
 def test_the_runs_of_claims_parse(tmp_path):
-    """A python that only writes down what it is asked for."""
+    """A python that only writes down what it is asked for, and makes the run's folder: tables find theirs."""
     (tmp_path / "tests").mkdir()
     shutil.copy(os.path.join(ROOT, "tests", "claims.sh"), tmp_path / "tests")
-    (tmp_path / "python").write_text('#!/bin/sh\necho "$@" >> asked\n')
+    (tmp_path / "python").write_text('#!/bin/sh\necho "$@" >> asked\n[ "$3" != --out ] || mkdir -p "$4"\n')
     (tmp_path / "python").chmod(0o755)
     env = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "BABYLM": "b", "FULL_EVAL": "f", "UPOS": "u"}
-    claims = ["bash", tmp_path / "tests" / "claims.sh", "10-toy", "10-photos", "10-why"]
-    subprocess.run(claims, env=env, check=True)
+    more = "10-toy 10-photos 10-why 2-photos 5-photos 6-photos".split()
+    for claims in [], more:
+        subprocess.run(["bash", tmp_path / "tests" / "claims.sh", *claims], env=env, check=True)
     asked = [line.split() for line in (tmp_path / "asked").read_text().splitlines()]
     runs = [train.parse(argv) for script, *argv in asked if script == "train.py"]
-    assert len(runs) == len({flags["out"] for _, flags in runs}) == 2 * (1 + 2 * 3 * 5) + 2
-    assert all(resume for resume, _ in runs) and len(asked) == len(runs) + 4
-    assert subprocess.run([*claims, "99"], env=env, capture_output=True).returncode == 2
+    of = {flags["out"]: flags for _, flags in runs}  # a run of two claims is the same run
+    assert all(resume and flags == of[flags["out"]] for resume, flags in runs)
+    kinds = 1 + 5 + 7 + 2 + 2 + 2 + 2 + 4 * 5 + 4 + 3 + 2  # of claims 1 to 6, 9, 10, and three on photos
+    assert len(of) == 3 * kinds + 4  # two teachers, two runs that stop
+    assert not [word for line in asked for word in line if "?" in word or "*" in word]
+    assert sum(line[:2] == ["tests/claims.py", "table"] for line in asked) == 8 + 5
+    wrong = subprocess.run(["bash", tmp_path / "tests" / "claims.sh", "99"], env=env, capture_output=True)
+    assert wrong.returncode == 2
 
 def test_inline_commands_and_flags_exist():
     configs = train.TrainConfig, train.GateVLMConfig
