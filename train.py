@@ -34,7 +34,7 @@ ORDERS = {"alternate": "TC", "mixed": "M", "caption-only": "C", "text-only": "T"
 
 @dataclass
 class TrainConfig:
-    preset: str = option("toy", "values to start from", ("toy", "patches", "laptop", "small", "paper"))
+    preset: str = option("toy", "start values", ("toy", "patches", "laptop", "evening", "small", "paper"))
     data: str = option("data/babylm", "of prepare_data.py; data/toy and data/toy16 are made if missing")
     init: str = option("", "run folder from which to take weights of the same name and shape")
     out: str = option("", "run folder to write; empty = out/<preset>")
@@ -86,9 +86,10 @@ QUICK |= dict(optimizer="muon", warmup_steps=100, weight_decay=0.05, beta2=0.99,
 TOY = QUICK | dict(data="data/toy", n_embd=128, n_image_layer=1, dropout=0.0, mix=8, epochs=2, lr=3e-3)
 PATCHES = TOY | dict(data="data/toy16", n_image_token=16, image_encoder="mlp")
 LAPTOP = QUICK | dict(n_embd=192, n_image_layer=2, mix=2, epochs=4, lr=2e-3)
-SMALL = dict(n_layer=6, n_head=6, n_embd=384, n_image_layer=3, epochs=4, batch_tokens=16384)
-SMALL |= dict(lr=6e-4, warmup_steps=200, weight_decay=0.1, beta2=0.95)
-PRESETS = {"toy": TOY, "patches": PATCHES, "laptop": LAPTOP, "small": SMALL, "paper": {}}
+EVENING = QUICK | dict(n_layer=6, n_embd=192, n_image_layer=1, dropout=0.0, mix=0.1, epochs=3, lr=4e-3)
+EVENING |= dict(batch_tokens=4096, weight_decay=0.1)
+SMALL = EVENING | dict(n_head=6, n_embd=384, block_size=128, dropout=0.1, epochs=8, batch_tokens=16384)
+PRESETS = dict(toy=TOY, patches=PATCHES, laptop=LAPTOP, evening=EVENING, small=SMALL, paper={})
 FROM_DATA = ("vocab_size", "image_dim")  # what only the data can know
 # what can change with --resume
 FREE = "data device compile lr epochs max_steps grad_accum stop_after keep_checkpoints eval_interval".split()
@@ -104,8 +105,7 @@ def parse(argv):
         values = {"paper" if values else "default": f.default} | values
         text = f.metadata["help"] + f" ({', '.join(f'{name}: {value}' for name, value in values.items())})"
         kind = dict(type=f.type, choices=f.metadata["choices"])
-        if f.type is bool:
-            kind = dict(action=argparse.BooleanOptionalAction)
+        kind = dict(action=argparse.BooleanOptionalAction) if f.type is bool else kind
         if f.name not in FROM_DATA:
             parser.add_argument(f"--{f.name}", help=text, **kind)
     args, unknown = parser.parse_known_args(argv)
