@@ -164,9 +164,7 @@ def against_bare(args):
         ],
         args,
     )
-    print(
-        f"against a bare decoder, {n_token} tokens: text {a:.3f}, {b:.3f} s, captions {c:.3f}, {d:.3f} s"
-    )
+    print(f"against a bare decoder, {n_token} tokens: text {a:.3f}, {b:.3f} s, captions {c:.3f}, {d:.3f} s")
     return {"text_vs_bare": a / b, "caption_vs_bare": c / d}
 
 def train_steps(args):
@@ -246,9 +244,7 @@ def utilisation(args):
         weights = config.n_layer * 12 * D * D + D * config.vocab_size
         work = n_token * (6 * weights + config.n_layer * 6 * T * D)  # causal: half of T x T
         taken, product = alternate([lambda: step(idx, None, idx), lambda: a @ a], args)
-        print(
-            f"utilisation, {preset}: {n_token / taken:,.0f} tokens/s, {work / taken / 1e12:.3f} Tflop/s"
-        )
+        print(f"utilisation, {preset}: {n_token / taken:,.0f} tokens/s, {work / taken / 1e12:.3f} Tflop/s")
         figures[f"utilisation_{preset}"] = (work / taken) / (2 * side**3 / product)
     return figures
 
@@ -299,9 +295,7 @@ def growth(args):
             )
             plan = lambda: train.epoch_plan("M", 0, train.TrainConfig(), 128, Data(out))
             epoch = min(seconds(plan, args.device) for _ in range(3))
-            print(
-                f"growth: {megabytes:.0f} MB, {n:,} captions: {taken:.0f} s, {peak:.2f} GiB, {epoch:.3f} s"
-            )
+            print(f"growth: {megabytes:.0f} MB, {n:,} captions: {taken:.0f} s, {peak:.2f} GiB, {epoch:.3f} s")
             figures |= {f"prepare_seconds_{times}x": taken, f"prepare_gib_{times}x": peak}
     return figures
 

@@ -109,9 +109,8 @@ def test_an_unknown_flag_names_the_nearest_in_one_line_with_status_2():
     result = subprocess.run([sys.executable, TRAIN_PY, "--dropuot", "0.1"], capture_output=True, text=True)
     assert (result.returncode, result.stderr) == (2, "train.py: unknown --dropuot; did you mean --dropout?\n")
     assert "--n_layer" in refused("--n-layer=3")
-    assert "unknown --n_lay;" in refused(
-        "--n_lay", 3
-    )  # no abbreviations: they would change when a flag is added
+    # no abbreviations: they would change when a flag is added
+    assert "unknown --n_lay;" in refused("--n_lay", 3)
 
 @pytest.mark.parametrize(
     "flags, word",
@@ -191,9 +190,8 @@ def test_text_blocks_are_contiguous_disjoint_and_seen_once(n_text):
         assert (np.diff(starts) == 32).all() and starts[0] >= 0 and starts[-1] + 33 <= n_text
         assert all(len(rows) == 16 for _, rows in batches[:-1])  # 512 tokens
         first.add(int(starts[0]))
-    assert (
-        len(first) > 1 or (n_text - 1) % 32 == 0
-    )  # blocks are cut elsewhere every epoch, where the rest allows it
+    # blocks are cut elsewhere every epoch, where the rest allows it
+    assert len(first) > 1 or (n_text - 1) % 32 == 0
 
 def test_a_caption_epoch_sees_every_caption_once_in_full_batches_with_little_padding():
     batches, length = plan("C", block_size=48), np.minimum(LENGTHS, 48)
@@ -210,9 +208,8 @@ def test_a_caption_epoch_sees_every_caption_once_in_full_batches_with_little_pad
 def test_a_mixed_epoch_has_a_text_batch_after_every_few_caption_batches():
     kinds = "".join(kind for kind, _ in plan("M", mix=3))
     assert re.fullmatch("(CCCT)*C{0,2}", kinds) and kinds.count("C") == len(plan("C"))
-    texts = [
-        rows for kind, rows in plan("M", mix=3, data=stub(n_text=70)) if kind == "T"
-    ]  # one batch of two blocks
+    # one batch of two blocks
+    texts = [rows for kind, rows in plan("M", mix=3, data=stub(n_text=70)) if kind == "T"]
     assert len(texts) > 5 and all(np.array_equal(rows, texts[0]) for rows in texts)  # text starts over
 
 def test_a_mixed_epoch_of_more_text_has_a_caption_batch_after_every_few_text_batches():
@@ -348,9 +345,8 @@ def test_the_log_follows_the_curriculum(finished, toy):
     assert [line["lr"] for line in lines] == [learning_rate(i, rate, n_step) for i in range(n_step)]
     assert all(("loss_caption" in line) == (line["kind"] == "C") for line in lines)
     n_text, n_caption = (len(data.text["train"]) - 1) // 16 * 16, int(data.lengths("train", 16).sum())
-    assert (
-        lines[len(kinds[0]) - 1]["tokens_seen"] == n_text
-    )  # the first epoch is all text, the second all captions
+    # the first epoch is all text, the second all captions
+    assert lines[len(kinds[0]) - 1]["tokens_seen"] == n_text
     assert lines[len(kinds[0]) + len(kinds[1]) - 1]["tokens_seen"] == n_text + n_caption
     assert finished.summary["tokens_seen"] == finished.summary["tokens_processed"] == lines[-1]["tokens_seen"]
 
@@ -572,10 +568,7 @@ def test_another_tokenizer_is_no_start(other, tmp_path, teacher):
 
 def test_evaluating_logging_and_saving_never_change_training(toy, tmp_path):
     flags = "--curriculum CT --dropout 0.3 --gate hard-feature"
-    run(
-        tmp_path / "often", toy,
-        f"{flags} --eval_interval 1  --eval_tokens 50 --keep_checkpoints",
-    )
+    run(tmp_path / "often", toy, f"{flags} --eval_interval 1  --eval_tokens 50 --keep_checkpoints")
     run(tmp_path / "never", toy, f"{flags} --eval_interval 9999  --log_interval 9999")
     assert same(state(tmp_path / "often")["model"], state(tmp_path / "never")["model"])
 
@@ -704,9 +697,8 @@ def test_keeping_every_token_is_dense_training(toy, tmp_path):
     run(tmp_path / "dense", toy, "--curriculum C")
     run(tmp_path / "kept", toy, f"--curriculum C --elide random --keep_ratio 1 {ELIDED}")
     dense, kept = ([loss_of(line) for line in steps(tmp_path / name)] for name in ("dense", "kept"))
-    assert kept == pytest.approx(
-        dense, rel=1e-3
-    )  # k is the mean length: the longest lose a token or two at most
+    # k is the mean length: the longest lose a token or two at most
+    assert kept == pytest.approx(dense, rel=1e-3)
 
 def test_the_books_hold_the_loss_of_every_token_that_was_run(toy, tmp_path):
     """After a dense epoch of captions m is (1 - beta) times the loss of every token, whose means are
@@ -714,9 +706,8 @@ def test_the_books_hold_the_loss_of_every_token_that_was_run(toy, tmp_path):
     run(tmp_path / "run", toy, "--curriculum C --elide ema --elide_warmup 1000 --elide_beta 0.5")
     elision, lines = state(tmp_path / "run")["elision"], steps(tmp_path / "run")
     data = prepare_data.Data(toy)
-    cut = np.concatenate(
-        [np.arange(n) < 16 for n in np.diff(data.offset["train"])]
-    )  # beyond the block nothing runs
+    # beyond the block nothing runs
+    cut = np.concatenate([np.arange(n) < 16 for n in np.diff(data.offset["train"])])
     assert torch.equal(elision["count"], torch.from_numpy(cut.astype(np.int32)))
     n = np.diff([0] + [line["tokens_seen"] for line in lines])
     assert 2 * elision["average"].sum() == pytest.approx(
@@ -840,10 +831,7 @@ def test_babylms_counts_of_words_have_checkpoints(toy, tmp_path):
 
 def test_killed_again_and_again_is_never_killed(toy, tmp_path, pytestconfig):
     """SIGKILL at random moments, also while it saves; --resume ends with the weights of a run left alone."""
-    line = [
-        *TINY.split(), "--data", toy, "--curriculum", "C" * 6, "--eval_interval", "3",
-        "--out",
-    ]
+    line = [*TINY.split(), "--data", toy, "--curriculum", "C" * 6, "--eval_interval", "3", "--out"]
     rng, out = np.random.default_rng(1), str(tmp_path / "run")
     for _ in range(pytestconfig.getoption("kills")):
         process = subprocess.Popen(
