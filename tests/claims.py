@@ -105,11 +105,12 @@ def explain(*runs):
 # ---- 4, one image token for all pixels
 def flat(source, folder):
     shutil.copytree(source, folder)
-    path, meta = os.path.join(folder, "image.npy"), read_json(os.path.join(folder, "meta.json"))
-    image = np.load(path)
-    np.save(path, image.reshape(len(image), 1, -1))  # (N, K, image_dim) -> (N, 1, K * image_dim)
-    meta |= dict(n_image_token=1, image_dim=image[0].size, encoder="flat")  # no pixels that can be drawn
-    meta["sha256"]["image.npy"] = sha256(path)
+    meta, own = read_json(os.path.join(folder, "meta.json")), os.path.join(folder, "image.npy")
+    for path in own, *glob.glob(os.path.join(glob.escape(folder), "evaluation_data", "full_eval", "*.npy")):
+        image = np.load(path)
+        np.save(path, image.reshape(*image.shape[:-2], 1, -1))  # (..., K, image_dim)
+    meta |= dict(n_image_token=1, image_dim=image.shape[-2] * image.shape[-1], encoder="flat")
+    meta["sha256"]["image.npy"] = sha256(own)
     write_json(os.path.join(folder, "meta.json"), meta)
 
 # ---- 6, how scores swing (stability, §6)

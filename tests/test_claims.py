@@ -79,6 +79,9 @@ def test_flat_data_hold_the_same_pixels_in_one_vector(toy16, tmp_path):
     flat, patches = Data(str(tmp_path / "flat")), Data(toy16)
     assert flat.images([7]).shape == (1, 1, 16 * 768) == (1, 1, flat.meta["image_dim"])
     assert (flat.images([7]).reshape(1, 16, 768) == patches.images([7])).all()
+    flags = "--n_layer 1 --n_head 1 --n_embd 8 --image_encoder none --max_steps 1 --curriculum C"
+    found = train.main([*flags.split(), "--data", flat.folder, "--out", str(tmp_path / "run")])
+    assert "winoground" in found and "vqa" in found
 
 def test_the_commands(toy, tmp_path, capsys, monkeypatch):
     """A run through: the tables have a row for the run, and the picture is there."""
