@@ -1,4 +1,4 @@
-"""Speed, as ratios: python tests/bench.py [--device cuda] [--json] [name ...]
+"""Speed, as ratios: python tests/bench.py [--device cuda] [name ...]
 
 Both sides of a ratio are timed alternately in one run, and every figure is a median, so that a noisy machine
 disturbs them alike. Not part of the test suite.
@@ -25,7 +25,6 @@ import torch.nn.functional as F
 import eval as evaluation
 import train
 from gatevlm import Elision, GateVLM, GateVLMConfig
-from prepare_data import Data
 
 PREPARE = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "prepare_data.py")
 
@@ -134,18 +133,15 @@ def against_padding(args):
     n, m = (sum(p.numel() for p in model.parameters()) for model in (ours, usual))
     assert abs(n - m) < 0.05 * n, (n, m)
     our_step, usual_step, figures = stepper(ours, args.device), stepper(usual, args.device), {}
-    for name, line in ("text", 10), (
-        "caption", 14,
-    ):  # 9 words of child-directed speech or 13 of a caption, <eot>
+    for name, line in ("text", 10), ("caption", 14):  # 9 words of speech to a child or 13 of a caption, <eot>
         padded = torch.randint(50257, (rows, 128), device=args.device)
         targets = padded.masked_fill(torch.arange(128, device=args.device) >= line, -1)
         image = torch.randn(rows, 1, 768, device=args.device) * (name == "caption")
         T = 128 if name == "text" else line
         idx = torch.randint(50257, (rows * 128 // T, T), device=args.device)
         own = torch.randn(len(idx), 1, 768, device=args.device) if name == "caption" else None
-        fast, slow = alternate(
-            [lambda: our_step(idx, own, idx), lambda: usual_step(padded, image, targets)], args
-        )
+        both = [lambda: our_step(idx, own, idx), lambda: usual_step(padded, image, targets)]
+        fast, slow = alternate(both, args)
         figures[f"{name}_vs_padded"] = (idx.numel() / fast) / (rows * line / slow)
     return figures
 
@@ -171,11 +167,9 @@ def train_steps(args):
     """Seconds of an elided training step over a dense one at the paper's width: 14-token captions, half of
     each kept, with all that an elided step needs besides (scores, choice, books)."""
     B, T, k, device = (1024 if args.device.type == "cuda" else 128), 14, 7, args.device
-    step = stepper(GateVLM(config := GateVLMConfig(vocab_size=8192, dropout=0.1)), device)
+    step = stepper(GateVLM(GateVLMConfig(vocab_size=8192, dropout=0.1)), device)
     elision = Elision(train.TrainConfig(elide="regate", teacher="a run"), B * T, torch.rand(B * T)).to(device)
-    idx, image = torch.randint(8192, (B, T), device=device), torch.randn(
-        B, 1, config.image_dim, device=device
-    )
+    idx, image = torch.randint(8192, (B, T), device=device), torch.randn(B, 1, 768, device=device)
     place = torch.arange(B * T, device=device).view(B, T)
 
     def elided(visible):
@@ -252,18 +246,16 @@ def peak_memory(args):
     """GiB at the peak of a training step of the paper's model, 8,192 caption tokens, GPT-2's vocabulary,
     AdamW. On a CPU: of the whole process, so this one runs best alone."""
     step = stepper(GateVLM(GateVLMConfig(vocab_size=50257)), args.device)
-    idx, image = torch.randint(50257, (585, 14), device=args.device), torch.randn(
-        585, 1, 768, device=args.device
-    )
+    idx = torch.randint(50257, (585, 14), device=args.device)
+    image = torch.randn(585, 1, 768, device=args.device)
     for _ in range(2):
         step(idx, image, idx)
     cpu = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return {
-        "peak_memory_gib": (torch.cuda.max_memory_allocated() if args.device.type == "cuda" else cpu) / 2**30
-    }
+    peak = torch.cuda.max_memory_allocated() if args.device.type == "cuda" else cpu
+    return {"peak_memory_gib": peak / 2**30}
 
 def growth(args):
-    """prepare_data.py babylm and the start of an epoch on 1, 4 and 16 times as much made-up data (the last:
+    """prepare_data.py babylm on 1, 4 and 16 times as much made-up data (the last:
     --megabytes of text and 500 captions with 768 numbers each per megabyte): seconds and peak resident
     memory.
     """
@@ -290,12 +282,9 @@ def growth(args):
             subprocess.run(
                 [sys.executable, PREPARE, "babylm", root, "--out", out], check=True, capture_output=True
             )
-            taken, peak = (
-                time.perf_counter() - start, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20,
-            )
-            plan = lambda: train.epoch_plan("M", 0, train.TrainConfig(), 128, Data(out))
-            epoch = min(seconds(plan, args.device) for _ in range(3))
-            print(f"growth: {megabytes:.0f} MB, {n:,} captions: {taken:.0f} s, {peak:.2f} GiB, {epoch:.3f} s")
+            taken = time.perf_counter() - start
+            peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20
+            print(f"growth: {megabytes:.0f} MB, {n:,} captions: {taken:.0f} s, {peak:.2f} GiB")
             figures |= {f"prepare_seconds_{times}x": taken, f"prepare_gib_{times}x": peak}
     return figures
 
@@ -305,15 +294,11 @@ SLOW = dict(utilisation=utilisation, peak_memory=peak_memory, growth=growth)  # 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument(
-        "name", nargs="*", help=f"some of {', '.join(BENCHES)} (default: all these), {', '.join(SLOW)}"
-    )
+    names = f"some of {', '.join(BENCHES)} (default: all these), {', '.join(SLOW)}"
+    parser.add_argument("name", nargs="*", help=names)
     parser.add_argument("--device", type=torch.device, default="cpu")
     parser.add_argument("--repeat", type=int, default=5, help="rounds behind each median")
-    parser.add_argument(
-        "--megabytes", type=int, default=64, help="growth: text of the largest of its three sizes"
-    )
-    parser.add_argument("--json", action="store_true", help="end with one JSON object of all figures")
+    parser.add_argument("--megabytes", type=int, default=64, help="growth: text of its largest size")
     args = parser.parse_args()
     kind, n = torch.backends.cpu.get_cpu_capability(), torch.get_num_threads()
     cpu = f"{platform.machine()} CPU with {kind}, {n} threads"
@@ -325,8 +310,6 @@ def main():
         figures |= (BENCHES | SLOW)[name](args)
     for name, figure in figures.items():
         print(f"{name:20} {figure:.2f}")
-    if args.json:
-        print(json.dumps({"device": machine, "torch": torch.__version__, **figures}))
 
 if __name__ == "__main__":
     main()

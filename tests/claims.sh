@@ -37,11 +37,11 @@ score() {  # runs on photos, whose data bring no evaluation sets
 published() {  # name, steps, flags of a dense run: every token, chance, the paper
   runs "$1-dense" $3 --max_steps "$2"
   runs "$1-random" $3 --max_steps "$2" --elide random
-  runs "$1-target" $3 --max_steps "$2" --elide_by target --teacher "$out/${1%init}-text"
+  runs "$1-target" $3 --max_steps "$2" --elide_by target --teacher "$out/${1%%-*}-text"
 }
 elide() {  # and the paper's other reading, a mild choice of ours: on photos as long as the dense run
   published "$@"
-  local teacher="--teacher $out/${1%init}-text"
+  local teacher="--teacher $out/${1%%-*}-text"
   runs "$1-own" $3 --max_steps "$2" $teacher --elide_by own
   runs "$1-mild" $3 --max_steps $(($2 * 17 / 15)) $teacher --keep_ratio 0.8 --elide_visible \
     --elide_warmup 0
@@ -53,6 +53,7 @@ photos="$laptop --curriculum caption-only --epochs 8"
 small="--n_layer 2 --max_steps 450 --eval_interval 1000"
 loss=val_loss_caption,val_loss_text,visual_information_captured
 words="val_loss_caption,loss of content,loss of function,winoground,vqa"
+sets=blimp,supplement,ewok,winoground,vqa
 gates="gate of function,gate of content"
 toy_text() {  # the teacher, which never sees a picture
   data toy16 toy --n_image_token 16
@@ -65,6 +66,7 @@ photos_text() {
   finish
 }
 
+echo "seeds ${SEEDS:-1 2 3}"
 python -c "import torch; print('torch', torch.__version__, torch.backends.cpu.get_cpu_capability())"
 (( $# )) || set -- 1 2 3 4 5 6 9 10
 case $* in *photos* | *why*) : "${BABYLM:?}" "${FULL_EVAL:?}" "${UPOS:?}" ;; esac
@@ -91,7 +93,7 @@ for claim; do
         for at in cross text image; do runs $m-$at $small --modulation $m --modulate_at $at; done
       done
       runs channel $small --channel_attention
-      table "$loss,blimp,supplement,ewok,winoground,vqa" soft-token {film,dyintra}-{cross,text,image} channel ;;
+      table "$loss,$sets" soft-token {film,dyintra}-{cross,text,image} channel ;;
     4)  # the same pixels and kind of encoder: a vector of all, or one for each of 16 patches
       toy_text
       [ -d data/toy16-flat ] || python tests/claims.py flat data/toy16 data/toy16-flat
@@ -102,7 +104,7 @@ for claim; do
       data toy toy
       runs soft-token $small
       for c in clip lcg; do runs $c $small --contrastive $c; done
-      table "$loss,blimp,supplement,ewok,winoground,vqa" soft-token clip lcg ;;
+      table "$loss,$sets" soft-token clip lcg ;;
     6)  # half of the pictures, so that a caption epoch is four text epochs long
       data toy-20k toy --n_image 20000
       for order in mixed alternate; do
@@ -125,14 +127,16 @@ for claim; do
     10-toy)
       toy_text
       elide toy 488 "$toy"
-      elide toyinit 488 "$toy --init $out/toy-text"
-      table "$words,processed_ratio" toy{,init}-{dense,random,own,target,mild} ;;
+      elide toy-init 488 "$toy --init $out/toy-text"
+      published toy-long 1464 "--preset patches --curriculum caption-only --epochs 3"
+      table "$words,processed_ratio" toy{,-init}-{dense,random,own,target,mild} \
+        toy-long-{dense,random,target} ;;
     10-photos)
       photos_text
       elide photos 600 "$photos"
-      elide photosinit 600 "$photos --init $out/photos-text"
-      score photos{,init}-{dense,random,own,target,mild}
-      table "$words,processed_ratio" photos{,init}-{dense,random,own,target,mild} ;;
+      elide photos-init 600 "$photos --init $out/photos-text"
+      score photos{,-init}-{dense,random,own,target,mild}
+      table "$words,processed_ratio" photos{,-init}-{dense,random,own,target,mild} ;;
     10-why)
       toy_text
       photos_text

@@ -17,6 +17,7 @@ import train
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 README = open(os.path.join(ROOT, "README.md"), encoding="utf-8").read()
+RESULTS = open(os.path.join(ROOT, ".github", "results.md"), encoding="utf-8").read()
 # lines and characters at most
 BUDGET = {
     "gatevlm.py": (450, 25_000), "train.py": (470, 29_000), "eval.py": (560, 34_000),
@@ -66,7 +67,7 @@ def test_the_runs_of_claims_parse(tmp_path):
     runs = [train.parse(argv) for script, *argv in asked if script == "train.py"]
     of = {flags["out"]: flags for _, flags in runs}  # a run of two claims is the same run
     assert all(resume and flags == of[flags["out"]] for resume, flags in runs)
-    kinds = 1 + 5 + 7 + 2 + 2 + 2 + 2 + 4 * 5 + 4 + 3 + 2  # of claims 1 to 6, 9, 10, and three on photos
+    kinds = 1 + 5 + 7 + 2 + 2 + 2 + 2 + 4 * 5 + 3 + 4 + 3 + 2  # of claims 1 to 6, 9, 10 (20 and 3), and three on photos
     assert len(of) == 3 * kinds + 4  # two teachers, two runs that stop
     assert not [word for line in asked for word in line if "?" in word or "*" in word]
     assert sum(line[:2] == ["tests/claims.py", "table"] for line in asked) == 8 + 5
@@ -84,10 +85,18 @@ def test_inline_commands_and_flags_exist():
 def test_pictures_and_links_exist_and_each_picture_says_which_command_draws_it():
     for path in re.findall(r"\]\(([^)#:]+)\)", README):
         assert os.path.exists(os.path.join(ROOT, path)), path
-    pictures = re.findall(r"!\[[^\]]+\]\((\.github/\w+\.png)\)\n\n\*`(out/[^`]+)`", README)
-    assert len(pictures) == README.count("![") >= 4
-    there = glob.glob(os.path.join(ROOT, ".github", "*.png"))
-    assert {path for path, _ in pictures} == {os.path.relpath(path, ROOT) for path in there}
+    pages = README + RESULTS
+    pictures = re.findall(r"!\[[^\]]+\]\((?:\.github/)?(\w+\.(?:png|gif))\)\n\n\*`out/[^`]+`", pages)
+    assert len(pictures) == pages.count("![") >= 4
+    assert {*pictures} | {"results.md"} == {*os.listdir(os.path.join(ROOT, ".github"))}
+
+def test_the_numbers_of_the_page_stand_in_the_results():
+    """Every number with a decimal point, as it is or rounded, but for versions and file names."""
+    rounded = lambda x: {f"{float(x):.{n}f}" for n in range(1, len(x.split(".")[1]) + 1)}
+    known = set().union(*map(rounded, re.findall(r"\d+\.\d+", RESULTS)))
+    page = re.sub(r"arXiv \S+|org/\S+|torch==\S+|Python \S+|`[^`\n]+`", "", README)
+    numbers = re.findall(r"(?<![\w.])\d+\.\d+", page)
+    assert len(numbers) > 30 and not [x for x in numbers if x not in known]
 
 def test_every_preset_has_its_row():
     table = README[README.index("| preset |"):]
