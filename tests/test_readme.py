@@ -67,7 +67,7 @@ def test_the_runs_of_claims_parse(tmp_path):
     runs = [train.parse(argv) for script, *argv in asked if script == "train.py"]
     of = {flags["out"]: flags for _, flags in runs}  # a run of two claims is the same run
     assert all(resume and flags == of[flags["out"]] for resume, flags in runs)
-    kinds = 1 + 5 + 7 + 2 + 2 + 2 + 2 + 4 * 5 + 3 + 4 + 3 + 2  # of claims 1 to 6, 9, 10 (20 and 3), and three on photos
+    kinds = 1 + 5 + 7 + 2 + 2 + 2 + 2 + 4 * 5 + 3 + 4 + 3 + 2  # of 1 to 6, 9, 10, three on photos
     assert len(of) == 3 * kinds + 4  # two teachers, two runs that stop
     assert not [word for line in asked for word in line if "?" in word or "*" in word]
     assert sum(line[:2] == ["tests/claims.py", "table"] for line in asked) == 8 + 5
