@@ -29,7 +29,7 @@ TASKS |= dict(supplement=("", "", "sentence_good", "sentence_bad"))
 TASKS |= dict(ewok=("Domain", "Context1", "Target1", "Target2")) | SIGHT
 CLASSES = {tag: "function" for tag in "ADP AUX CCONJ DET PART PRON SCONJ".split()}
 CLASSES |= {tag: "content" for tag in "ADJ ADV NOUN NUM PROPN VERB".split()}
-FUNCTION_WORDS = """a an the this that these of in on at by for with from to into and or but if
+FUNCTION_WORDS = """a an the this that these some no all of in on at by for with from to into and or but if
     not i you he she it we they me him her my his its who what there is are was be do has have""".split()
 
 # ---- losses
@@ -213,7 +213,7 @@ def read_words(path):
                 table[word.lower()].setdefault("upos", cell)
             elif re.fullmatch(r"[+-]?\d*\.?\d+(e[+-]?\d+)?", cell, re.I):
                 table[word.lower()].setdefault(name, float(cell))
-    print(f"{path}: {len(table):,} words")
+    print(f"{path}: {len(table):,} words, {', '.join(header[1:])}")
     return table
 
 def word_table(model, data, seen, words, teacher=None):
@@ -264,7 +264,7 @@ def gate_report(rows):
     for name in sorted({name for word in words for name in word if name.startswith("norm ")}):
         part = [word for word in words if name in word]
         found[f"rho {name[5:]}"] = spearman(column(name, part), column("gate", part))
-    # the two papers: does the gate look where the image saves loss, and where a teacher cannot predict?
+    # does the gate look where the image saves loss, and where a teacher cannot predict?
     found["rho loss saved"] = spearman(1 - gate, column("loss_no_image") - column("loss"))
     if "loss_teacher" in rows[0]:
         found["rho teacher"] = spearman(1 - gate, column("loss_teacher"))
@@ -527,7 +527,7 @@ FLAGS = [
     ("n_sample", 0, "texts to write"),
     ("temperature", 0.0, "of sampling; 0 takes the best token"),
     ("seed", 1, "of sampling"),
-    ("device", "auto", "cpu, cuda, mps, or auto for the best there is"),
+    ("device", "auto", "cpu, cuda, mps, or auto for the best"),
 ]
 
 def main(argv=None):

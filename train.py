@@ -104,8 +104,8 @@ def parse(argv):
         values = {name: p[f.name] for name, p in PRESETS.items() if f.name in p}
         values = {"paper" if values else "default": f.default} | values
         text = f.metadata["help"] + f" ({', '.join(f'{name}: {value}' for name, value in values.items())})"
-        kind = dict(type=f.type, choices=f.metadata["choices"])
-        kind = dict(action=argparse.BooleanOptionalAction) if f.type is bool else kind
+        typed = dict(type=f.type, choices=f.metadata["choices"])
+        kind = dict(action=argparse.BooleanOptionalAction) if f.type is bool else typed
         if f.name not in FROM_DATA:
             parser.add_argument(f"--{f.name}", help=text, **kind)
     args, unknown = parser.parse_known_args(argv)

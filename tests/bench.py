@@ -255,10 +255,8 @@ def peak_memory(args):
     return {"peak_memory_gib": peak / 2**30}
 
 def growth(args):
-    """prepare_data.py babylm on 1, 4 and 16 times as much made-up data (the last:
-    --megabytes of text and 500 captions with 768 numbers each per megabyte): seconds and peak resident
-    memory.
-    """
+    """prepare_data.py babylm on 1, 4 and 16 times as much made-up data (the last: --megabytes of text and 500
+    captions with 768 numbers each per megabyte): seconds and peak resident memory."""
     figures, letters = {}, np.array(list("abcdefghijklmnopqrstuvwxyz"))
     for times in 1, 4, 16:
         with tempfile.TemporaryDirectory() as root:

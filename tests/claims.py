@@ -5,8 +5,8 @@ table NAME,NAME RUN ...    numbers of summary.json, minutes and steps, in Markdo
 film GIF RUN               claim 1: a caption's gates while a run learns, a frame for each of checkpoints/
 explain RUN ...            claims 1, 7: do class, concreteness, frequency explain the gate? Of gates.csv
 flat DATA FOLDER           claim 4: the same data with one long vector per picture instead of its patches
-swing RUN ...              claim 6: what an epoch of each kind does to losses and benchmarks, of checkpoints/
-                           (FULL_EVAL=evaluation_data/full_eval where the data bring none: no BLiMP then)
+swing SETS RUN ...         claim 6: what an epoch of each kind does to losses and benchmarks, of checkpoints/
+                           SETS: evaluation_data/full_eval, then without BLiMP; "" = those of the data
 why PICTURE CHECKPOINT ... claim 10: how much of its captions a run still has to learn
 Runs that differ only in their seed are one, mean +- standard deviation.
 """
@@ -109,7 +109,7 @@ def flat(source, folder):
     for path in own, *glob.glob(os.path.join(glob.escape(folder), "evaluation_data", "full_eval", "*.npy")):
         image = np.load(path)
         np.save(path, image.reshape(*image.shape[:-2], 1, -1))  # (..., K, image_dim)
-    meta |= dict(n_image_token=1, image_dim=image.shape[-2] * image.shape[-1], encoder="flat")
+    meta |= dict(n_image_token=1, image_dim=meta["n_image_token"] * meta["image_dim"], encoder="flat")
     meta["sha256"]["image.npy"] = sha256(own)
     write_json(os.path.join(folder, "meta.json"), meta)
 
@@ -123,8 +123,7 @@ def changes(rows):
                 found[f"{name}, change in {b['kind']}"].append(b[name] - a[name])
     return {name: float(np.mean(x)) for name, x in found.items()}
 
-def swing(*runs):
-    root = os.environ.get("FULL_EVAL", "")
+def swing(root, *runs):
     found, where = [], (pick_device("auto"), root, ("winoground",) if root else ("blimp", "winoground"))
     for run in runs:
         scored = [evaluation.evaluate(path, *where) for path in checkpoints(run)]

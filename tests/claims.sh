@@ -70,11 +70,11 @@ echo "seeds ${SEEDS:-1 2 3}"
 python -c "import torch; print('torch', torch.__version__, torch.backends.cpu.get_cpu_capability())"
 (( $# )) || set -- 1 2 3 4 5 6 9 10
 case $* in *photos* | *why*) : "${BABYLM:?}" "${FULL_EVAL:?}" "${UPOS:?}" ;; esac
+data toy toy  # before two runs at once make it
 for claim; do
   echo; echo "### $claim"; echo
   case $claim in
     1 | 7 | 8 | 11)
-      data toy toy
       toy_text
       runs toy
       finish
@@ -82,12 +82,10 @@ for claim; do
       table "$gates,$loss,rho teacher,vqa: image decides,vqa: image decides blind" toy
       python tests/claims.py explain $(paths toy) ;;
     2)
-      data toy toy
       runs soft-token $small
       for g in soft-feature none hard-token hard-feature; do runs $g $small --gate $g; done
       table "$loss,winoground" soft-token soft-feature none hard-token hard-feature ;;
     3)
-      data toy toy
       runs soft-token $small
       for m in film dyintra; do
         for at in cross text image; do runs $m-$at $small --modulation $m --modulate_at $at; done
@@ -101,7 +99,6 @@ for claim; do
       runs flat --preset patches --epochs 1 --data data/toy16-flat --n_image_token 1
       table "$loss,ewok,winoground,$gates" patches flat ;;
     5)
-      data toy toy
       runs soft-token $small
       for c in clip lcg; do runs $c $small --contrastive $c; done
       table "$loss,$sets" soft-token clip lcg ;;
@@ -112,9 +109,8 @@ for claim; do
           --keep_checkpoints
       done
       table "$loss,blimp,winoground" mixed alternate
-      FULL_EVAL= python tests/claims.py swing $(paths alternate) ;;
+      python tests/claims.py swing "" $(paths alternate) ;;
     9)
-      data toy toy
       data toy-10k toy --n_image 10000
       runs toy
       runs shorter --epochs 1
@@ -168,7 +164,7 @@ for claim; do
       done
       score photos-{mixed,alternate}
       table "val_loss_text,$words" photos-{mixed,alternate}
-      python tests/claims.py swing $(paths photos-alternate) ;;
+      python tests/claims.py swing "$FULL_EVAL" $(paths photos-alternate) ;;
     *) echo "claims.sh: there is no claim $claim here" >&2; exit 2 ;;
   esac
 done

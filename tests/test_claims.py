@@ -89,7 +89,7 @@ def test_the_commands(toy, tmp_path, capsys, monkeypatch):
     flags = f"--data {toy} --out {tmp_path}/run --curriculum CT --keep_checkpoints"
     train.main([*sizes.split(), *flags.split()])
     claims.explain(str(tmp_path / "run"))
-    claims.swing(str(tmp_path / "run"))
+    claims.swing("", str(tmp_path / "run"))
     out = capsys.readouterr().out
     assert "R2 lost without class" in out and "val_loss_text, change in T" in out
     paths, curves = sorted(map(str, (tmp_path / "run" / "checkpoints").iterdir())), []
