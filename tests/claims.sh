@@ -3,7 +3,7 @@
 # .github/results.md is made of what it prints. Two runs at a time, one thread each, in out/claims; what is
 # finished only reports, so the script can be started again. SEEDS="1 2 3" are the default.
 # *-photos and 10-why want BABYLM=the folder of text and captions, FULL_EVAL=its evaluation_data/full_eval,
-# UPOS=a table of parts of speech (columns word and upos).
+# NORMS=a table of words and numbers, UPOS=one of their parts of speech (columns word and upos).
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export OMP_NUM_THREADS=1
@@ -32,7 +32,8 @@ data() {  # name, arguments of prepare_data.py
 }
 score() {  # runs on photos, whose data bring no evaluation sets
   finish
-  python eval.py $(paths "$@") --tasks winoground,vqa --babylm_eval "$FULL_EVAL" --upos "$UPOS" >> $out/log
+  python eval.py $(paths "$@") --tasks winoground,vqa --babylm_eval "$FULL_EVAL" --norms "$NORMS" \
+    --upos "$UPOS" --teacher $out/photos-text >> $out/log
 }
 published() {  # name, steps, flags of a dense run: every token, chance, the paper
   runs "$1-dense" $3 --max_steps "$2"
@@ -50,6 +51,7 @@ elide() {  # and the paper's other reading, a mild choice of ours: on photos as 
 toy="--preset patches --curriculum caption-only --epochs 2"
 laptop="--preset laptop --data data/claims-photos"
 photos="$laptop --curriculum caption-only --epochs 8"
+orders="$laptop --epochs 2 --eval_interval 1000 --keep_checkpoints"
 small="--n_layer 2 --max_steps 450 --eval_interval 1000"
 loss=val_loss_caption,val_loss_text,visual_information_captured
 words="val_loss_caption,loss of content,loss of function,winoground,vqa"
@@ -69,7 +71,7 @@ photos_text() {
 echo "seeds ${SEEDS:-1 2 3}"
 python -c "import torch; print('torch', torch.__version__, torch.backends.cpu.get_cpu_capability())"
 (( $# )) || set -- 1 2 3 4 5 6 9 10
-case $* in *photos* | *why*) : "${BABYLM:?}" "${FULL_EVAL:?}" "${UPOS:?}" ;; esac
+case $* in *photos* | *why*) : "${BABYLM:?}" "${FULL_EVAL:?}" "${NORMS:?}" "${UPOS:?}" ;; esac
 data toy toy  # before two runs at once make it
 for claim; do
   echo; echo "### $claim"; echo
@@ -143,6 +145,15 @@ for claim; do
       go photos-begin $photos --max_steps 600 --stop_after 100
       finish
       python tests/claims.py why $out/why.png $out/{toy,photos}-{begin,dense-1}/last.pt ;;
+    1-photos | 7-photos | 8-photos | 11-photos)
+      photos_text
+      runs photos-mixed $orders --curriculum mixed
+      score photos-mixed
+      table "$gates,gate of NOUN,gate of ADJ,gate of VERB,gate of DET,gate of AUX,gate of PRON,gate of ADP,\
+gate of PART,rho concreteness,rho teacher" photos-mixed
+      table "val_loss_text,val_loss_caption,val_loss_caption_other_image,val_loss_caption_none_image,\
+winoground,winoground: Object,winoground: Relation,vqa,vqa blind" photos-mixed
+      python tests/claims.py explain $(paths photos-mixed) ;;
     2-photos)
       photos_text
       runs photos-dense $photos --max_steps 600
@@ -158,10 +169,7 @@ for claim; do
       table "val_loss_text,$words" photos-mixed-{none,clip,lcg} ;;
     6-photos)
       photos_text
-      for order in mixed alternate; do
-        runs "photos-$order" $laptop --epochs 2 --curriculum $order --eval_interval 1000 \
-          --keep_checkpoints
-      done
+      for order in mixed alternate; do runs "photos-$order" $orders --curriculum $order; done
       score photos-{mixed,alternate}
       table "val_loss_text,$words" photos-{mixed,alternate}
       python tests/claims.py swing "$FULL_EVAL" $(paths photos-alternate) ;;

@@ -59,8 +59,9 @@ def test_the_runs_of_claims_parse(tmp_path):
     shutil.copy(os.path.join(ROOT, "tests", "claims.sh"), tmp_path / "tests")
     (tmp_path / "python").write_text('#!/bin/sh\necho "$@" >> asked\n[ "$3" != --out ] || mkdir -p "$4"\n')
     (tmp_path / "python").chmod(0o755)
-    env = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "BABYLM": "b", "FULL_EVAL": "f", "UPOS": "u"}
-    more = "10-toy 10-photos 10-why 2-photos 5-photos 6-photos".split()
+    env = {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    env |= dict(BABYLM="b", FULL_EVAL="f", NORMS="n", UPOS="u")
+    more = "10-toy 10-photos 10-why 1-photos 2-photos 5-photos 6-photos".split()
     for claims in [], more:
         subprocess.run(["bash", tmp_path / "tests" / "claims.sh", *claims], env=env, check=True)
     asked = [line.split() for line in (tmp_path / "asked").read_text().splitlines()]
@@ -70,7 +71,7 @@ def test_the_runs_of_claims_parse(tmp_path):
     kinds = 1 + 5 + 7 + 2 + 2 + 2 + 2 + 4 * 5 + 3 + 4 + 3 + 2  # of 1 to 6, 9, 10, three on photos
     assert len(of) == 3 * kinds + 4  # two teachers, two runs that stop
     assert not [word for line in asked for word in line if "?" in word or "*" in word]
-    assert sum(line[:2] == ["tests/claims.py", "table"] for line in asked) == 8 + 5
+    assert sum(line[:2] == ["tests/claims.py", "table"] for line in asked) == 8 + 7
     wrong = subprocess.run(["bash", tmp_path / "tests" / "claims.sh", "99"], env=env, capture_output=True)
     assert wrong.returncode == 2
 
