@@ -1,14 +1,14 @@
 """
 What the papers claim, measured on runs: python tests/claims.py COMMAND ..., as claims.sh asks for it.
 
-table NAME,NAME RUN ...    numbers of summary.json, minutes and steps, in Markdown
+table NAME,NAME RUN ...    numbers of summary.json, minutes and steps
 film GIF RUN               claim 1: a caption's gates while a run learns, a frame for each of checkpoints/
 explain RUN ...            claims 1, 7: do class, concreteness, frequency explain the gate? Of gates.csv
 flat DATA FOLDER           claim 4: the same data with one long vector per picture instead of its patches
 swing SETS RUN ...         claim 6: what an epoch of each kind does to losses and benchmarks, of checkpoints/
                            SETS: evaluation_data/full_eval, then without BLiMP; "" = those of the data
 why PICTURE CHECKPOINT ... claim 10: how much of its captions a run still has to learn
-Runs that differ only in their seed are one, mean +- standard deviation.
+Tables are Markdown. Runs that differ only in their seed are one, mean ± standard deviation.
 """
 import csv
 import glob
@@ -30,16 +30,20 @@ from prepare_data import Data, read_json, sha256, write_json
 def checkpoints(run):
     return sorted(glob.glob(os.path.join(glob.escape(run), "checkpoints", "*.pt")))
 
+def markdown(found):
+    """Print runs [(folder, config, {name: number})], those that differ only in their seed as one row."""
+    text = lambda x: f"{x:.4g}" if type(x) is float else str("" if x is None else x).replace("+-", "± ")
+    rows = [row | {"run": os.path.basename(row["run"])} for row in evaluation.fold_seeds(found)]
+    for cells in [rows[0], ["---"] * len(rows[0]), *(map(text, row.values()) for row in rows)]:
+        print("|", " | ".join(cells), "|")
+
 def table(names, *runs):
     found, names = [], [*names.split(","), "minutes", "step"]
     for run in runs:
         config, summary = (read_json(os.path.join(run, f"{name}.json")) for name in ("config", "summary"))
         summary["minutes"] = summary["seconds"] / 60
         found.append((run, config, {name: summary.get(name) for name in names}))
-    text = lambda x: f"{x:.4g}" if type(x) is float else str("" if x is None else x).replace("+-", "± ")
-    rows = [*evaluation.fold_seeds(found)]
-    for cells in [rows[0], ["---"] * len(rows[0]), *(map(text, row.values()) for row in rows)]:
-        print("|", " | ".join(cells), "|")
+    markdown(found)
 
 # ---- 1, gates while a run learns
 def film(gif, run):
@@ -100,7 +104,7 @@ def explain(*runs):
     for run in runs:
         with open(os.path.join(run, "gates.csv"), encoding="utf-8", newline="") as f:
             found.append((run, read_json(os.path.join(run, "config.json")), explained([*csv.DictReader(f)])))
-    evaluation.print_table([*evaluation.fold_seeds(found)])
+    markdown(found)
 
 # ---- 4, one image token for all pixels
 def flat(source, folder):
@@ -119,7 +123,7 @@ def changes(rows):
     ends, found = [row for row in rows if row["ends_epoch"]], defaultdict(list)
     for a, b in zip(ends, ends[1:]):
         for name in b:
-            if name.startswith(("val_loss", *evaluation.TASKS)) and b[name] is not None:
+            if name in ("val_loss_caption", "val_loss_text", *evaluation.TASKS) and b[name] is not None:
                 found[f"{name}, change in {b['kind']}"].append(b[name] - a[name])
     return {name: float(np.mean(x)) for name, x in found.items()}
 
@@ -128,7 +132,7 @@ def swing(root, *runs):
     for run in runs:
         scored = [evaluation.evaluate(path, *where) for path in checkpoints(run)]
         found.append((run, scored[0][0], changes([row for _, row in scored])))
-    evaluation.print_table([*evaluation.fold_seeds(found)])
+    markdown(found)
 
 # ---- 10, what is left to learn
 def token_losses(path):

@@ -28,12 +28,15 @@ table() {  # columns, names
   python tests/claims.py table "$1" $(paths "${@:2}")
 }
 data() {  # name, arguments of prepare_data.py
-  [ -d "data/$1" ] || python prepare_data.py "${@:2}" --out "data/$1"
+  [ -d "data/$1" ] || python prepare_data.py "${@:2}" --out "data/$1" >> $out/log
 }
 score() {  # runs on photos, whose data bring no evaluation sets
   finish
   python eval.py $(paths "$@") --tasks winoground,vqa --babylm_eval "$FULL_EVAL" --norms "$NORMS" \
     --upos "$UPOS" --teacher $out/photos-text >> $out/log
+}
+swing() {  # sets, names; without what evaluation says of each of the checkpoints
+  python tests/claims.py swing "$1" $(paths "${@:2}") | sed -n "/^|/p"
 }
 published() {  # name, steps, flags of a dense run: every token, chance, the paper
   runs "$1-dense" $3 --max_steps "$2"
@@ -111,7 +114,7 @@ for claim; do
           --keep_checkpoints
       done
       table "$loss,blimp,winoground" mixed alternate
-      python tests/claims.py swing "" $(paths alternate) ;;
+      swing "" alternate ;;
     9)
       data toy-10k toy --n_image 10000
       runs toy
@@ -172,7 +175,7 @@ winoground,winoground: Object,winoground: Relation,vqa,vqa blind" photos-mixed
       for order in mixed alternate; do runs "photos-$order" $orders --curriculum $order; done
       score photos-{mixed,alternate}
       table "val_loss_text,$words" photos-{mixed,alternate}
-      python tests/claims.py swing "$FULL_EVAL" $(paths photos-alternate) ;;
+      swing "$FULL_EVAL" photos-alternate ;;
     *) echo "claims.sh: there is no claim $claim here" >&2; exit 2 ;;
   esac
 done
