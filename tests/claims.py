@@ -31,9 +31,11 @@ def checkpoints(run):
     return sorted(glob.glob(os.path.join(glob.escape(run), "checkpoints", "*.pt")))
 
 def markdown(found):
-    """Print runs [(folder, config, {name: number})], those that differ only in their seed as one row."""
+    """Print runs [(folder, config, {name: number})]."""
     text = lambda x: f"{x:.4g}" if type(x) is float else str("" if x is None else x).replace("+-", "± ")
-    rows = [row | {"run": os.path.basename(row["run"])} for row in evaluation.fold_seeds(found)]
+    rows = [*evaluation.fold_seeds(found)]
+    for row in rows:
+        row["run"] = os.path.basename(row["run"]).removesuffix("-1")
     for cells in [rows[0], ["---"] * len(rows[0]), *(map(text, row.values()) for row in rows)]:
         print("|", " | ".join(cells), "|")
 

@@ -26,6 +26,7 @@ paths() {  # names -> folders of all seeds, of runs that are made
 table() {  # columns, names
   finish
   python tests/claims.py table "$1" $(paths "${@:2}")
+  echo
 }
 data() {  # name, arguments of prepare_data.py
   [ -d "data/$1" ] || python prepare_data.py "${@:2}" --out "data/$1" >> $out/log
