@@ -21,7 +21,7 @@ finish() {  # make them
   queue=
 }
 paths() {  # names -> folders of all seeds, of runs that are made
-  for name; do echo $out/$name-?; done
+  for name; do printf '%s\n' $out/$name-?; done
 }
 table() {  # columns, names
   finish
@@ -33,8 +33,8 @@ data() {  # name, arguments of prepare_data.py
 }
 score() {  # runs on photos, whose data bring no evaluation sets
   finish
-  python eval.py $(paths "$@") --tasks winoground,vqa --babylm_eval "$FULL_EVAL" --norms "$NORMS" \
-    --upos "$UPOS" --teacher $out/photos-text >> $out/log
+  paths "$@" | xargs -P 2 -L 1 python eval.py --tasks winoground,vqa --babylm_eval "$FULL_EVAL" \
+    --norms "$NORMS" --upos "$UPOS" --teacher $out/photos-text >> $out/log
 }
 swing() {  # sets, names; without what evaluation says of each of the checkpoints
   python tests/claims.py swing "$1" $(paths "${@:2}") | sed -n "/^|/p"
@@ -168,7 +168,7 @@ winoground,winoground: Object,winoground: Relation,vqa,vqa blind" photos-mixed
       table "$words,$gates" photos-{dense,soft-feature,none,hard-token,hard-feature} ;;
     5-photos)
       photos_text
-      for c in none clip lcg; do runs "photos-mixed-$c" $laptop --max_steps 600 --contrastive $c; done
+      for c in none clip lcg; do runs "photos-mixed-$c" $laptop --max_steps 400 --contrastive $c; done
       score photos-mixed-{none,clip,lcg}
       table "val_loss_text,$words" photos-mixed-{none,clip,lcg} ;;
     6-photos)
