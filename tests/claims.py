@@ -121,9 +121,9 @@ def flat(source, folder):
 
 # ---- 6, how scores swing (stability, §6)
 def changes(rows):
-    """How numbers change over a whole epoch of each kind, on average, of checkpoints in their order."""
-    ends, found = [row for row in rows if row["ends_epoch"]], defaultdict(list)
-    for a, b in zip(ends, ends[1:]):
+    """How numbers change over an epoch of each kind, on average, of those at the ends of epochs."""
+    found = defaultdict(list)
+    for a, b in zip(rows, rows[1:]):
         for name in b:
             if name in ("val_loss_caption", "val_loss_text", *evaluation.TASKS) and b[name] is not None:
                 found[f"{name}, change in {b['kind']}"].append(b[name] - a[name])
@@ -132,7 +132,8 @@ def changes(rows):
 def swing(root, *runs):
     found, where = [], (pick_device("auto"), root, ("winoground",) if root else ("blimp", "winoground"))
     for run in runs:
-        scored = [evaluation.evaluate(path, *where) for path in checkpoints(run)]
+        ends = [path for path in checkpoints(run) if load_checkpoint(path)["now"]["ends_epoch"]]
+        scored = [evaluation.evaluate(path, *where) for path in ends]
         found.append((run, scored[0][0], changes([row for _, row in scored])))
     markdown(found)
 
