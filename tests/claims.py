@@ -24,11 +24,13 @@ from PIL import Image, ImageDraw, ImageFont
 
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."))
 import eval as evaluation
-from gatevlm import load_checkpoint, load_model, pick_device
+from gatevlm import expect, load_checkpoint, load_model, pick_device, run_script
 from prepare_data import Data, read_json, sha256, write_json
 
 def checkpoints(run):
-    return sorted(glob.glob(os.path.join(glob.escape(run), "checkpoints", "*.pt")))
+    paths = sorted(glob.glob(os.path.join(glob.escape(run), "checkpoints", "*.pt")))
+    expect(paths, f"{run}: no checkpoints; train with --keep_checkpoints")
+    return paths
 
 def markdown(found):
     """Print runs [(folder, config, {name: number})]."""
@@ -55,7 +57,7 @@ def film(gif, run):
         frame.name = "frame.png"  # tells Pillow the format
         evaluation.gate_picture(frame, load_model(*os.path.split(path)), data)
         frames.append(Image.open(frame).convert("RGB"))
-        step = f"step {load_checkpoint(path)['now']['step']:,}"
+        step = f"step {int(path[-11:-3]):,}"
         ImageDraw.Draw(frames[-1]).text((1000, 14), step, "black", ImageFont.load_default(18), anchor="ra")
     times = [400] * (len(frames) - 1) + [3000]  # milliseconds
     frames[0].save(gif, save_all=True, append_images=frames[1:], duration=times, loop=0)
@@ -168,5 +170,5 @@ def why(picture, *paths):
 
 if __name__ == "__main__":
     name, *paths = sys.argv[1:]
-    commands = dict(table=table, film=film, explain=explain, flat=flat, swing=swing, why=why)
-    commands[name](*paths)
+    commands = {f.__name__: f for f in (table, film, explain, flat, swing, why)}
+    run_script(lambda: commands[name](*paths))

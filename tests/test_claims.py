@@ -1,14 +1,16 @@
 """
 claims.py: statistics are published or worked out by hand.
 """
+import os
 
 import numpy as np
 from PIL import Image
-from pytest import approx, mark
+from pytest import approx, mark, raises
 
 import claims
 import eval as evaluation
 import train
+from gatevlm import InputError
 from prepare_data import Data, write_json
 
 cases = mark.parametrize
@@ -61,24 +63,25 @@ def test_shares_by_hand():
 
 def test_a_table_has_means_over_seeds_in_markdown(tmp_path, capsys):
     """1, 2 and 4: mean 7/3, squared distances 16/9, 1/9 and 25/9, whose half of the sum is 7/3."""
-    for seed, loss in enumerate([1.0, 2.0, 4.0, 5.0], 1):
-        (tmp_path / str(seed)).mkdir()
-        config = {"train": {"seed": seed, "lr": seed // 4, "out": str(seed)}, "model": {}}
-        write_json(tmp_path / str(seed) / "config.json", config)
-        write_json(tmp_path / str(seed) / "summary.json", {"a loss": loss, "seconds": 90.0, "step": 7})
-    claims.table("a loss", *(str(tmp_path / str(seed)) for seed in range(1, 5)))
+    runs = [f"{tmp_path}/{seed}" for seed in range(1, 5)]
+    for seed, run, loss in zip(range(1, 5), runs, [1.0, 2.0, 4.0, 5.0]):
+        os.mkdir(run)
+        config = {"train": {"seed": seed, "lr": seed // 4, "out": run}, "model": {}}
+        write_json(f"{run}/config.json", config)
+        write_json(f"{run}/summary.json", {"a loss": loss, "seconds": 90.0, "step": 7})
+    claims.table("a loss", *runs)
     rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines()]
     assert rows[0] == ["| run", "seeds", "a loss", "minutes", "step |"] and len({*map(len, rows)}) == 1
     assert rows[2][1:] == ["3", "2.333 ± 1.5", "1.5 ± 0", "7 ± 0 |"]
     assert rows[3] == ["| 4", "1", "5", "1.5", "7 |"]
 
 def test_flat_data_hold_the_same_pixels_in_one_vector(toy16, tmp_path):
-    claims.flat(toy16, str(tmp_path / "flat"))
-    flat, patches = Data(str(tmp_path / "flat")), Data(toy16)
+    claims.flat(toy16, f"{tmp_path}/flat")
+    flat, patches = Data(f"{tmp_path}/flat"), Data(toy16)
     assert flat.images([7]).shape == (1, 1, 16 * 768) == (1, 1, flat.meta["image_dim"])
     assert (flat.images([7]).reshape(1, 16, 768) == patches.images([7])).all()
     flags = "--n_layer 1 --n_head 1 --n_embd 8 --image_encoder none --max_steps 1 --curriculum C"
-    found = train.main([*flags.split(), "--data", flat.folder, "--out", str(tmp_path / "run")])
+    found = train.main([*flags.split(), "--data", flat.folder, "--out", f"{tmp_path}/run"])
     assert "winoground" in found and "vqa" in found
 
 def test_the_commands(toy, tmp_path, capsys, monkeypatch):
@@ -86,9 +89,11 @@ def test_the_commands(toy, tmp_path, capsys, monkeypatch):
     sizes = "--n_layer 1 --n_head 2 --n_embd 16 --n_image_layer 1 --gate soft-token --device cpu"
     flags = f"--data {toy} --out {tmp_path}/run --curriculum CT --keep_checkpoints --eval_interval 5"
     train.main([*sizes.split(), *flags.split()])
-    claims.explain(str(tmp_path / "run"))
+    claims.explain(f"{tmp_path}/run")
     scored, paths, curves, evaluate = [], claims.checkpoints(f"{tmp_path}/run"), [], evaluation.evaluate
     monkeypatch.setattr(evaluation, "evaluate", lambda *args: scored.append(args[0]) or evaluate(*args))
+    with raises(InputError, match="keep_checkpoints"):
+        claims.checkpoints(toy)
     claims.swing("", f"{tmp_path}/run")
     assert len(scored) == 2 < len(paths)  # those at the ends of epochs
     out = capsys.readouterr().out

@@ -422,7 +422,7 @@ def test_input_that_does_not_fit_is_refused():
 # ---- save and load
 def save(model, folder, /, **changes):
     parts = dict(model=model.state_dict(), model_config=asdict(model.config), step=7)
-    save_checkpoint(os.path.join(folder, "best.pt"), **parts | changes)
+    save_checkpoint(f"{folder}/best.pt", **parts | changes)
 
 @each("variant", [dict(contrastive="lcg"), dict(tie_weights=False), *VARIANTS[-2:]], ids=str)
 def test_a_saved_model_comes_back_the_same(variant, tmp_path):
@@ -460,7 +460,7 @@ def test_a_missing_or_foreign_checkpoint_is_refused(tmp_path):
 
 def test_code_in_a_checkpoint_is_never_run(tmp_path):
     """A pickle may ask for any call. This one makes a folder, which can be done once."""
-    path, trace = tmp_path / "best.pt", str(tmp_path / "trace")
+    path, trace = tmp_path / "best.pt", f"{tmp_path}/trace"
     code = type("Code", (), {"__reduce__": lambda self: (os.mkdir, (trace,))})()
     torch.save({"model": code, "model_config": {}}, path)
     refused(lambda: load_checkpoint(path), "best.pt")

@@ -16,8 +16,8 @@ import prepare_data
 import train
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-README = open(os.path.join(ROOT, "README.md"), encoding="utf-8").read()
-RESULTS = open(os.path.join(ROOT, ".github", "results.md"), encoding="utf-8").read()
+README = open(f"{ROOT}/README.md", encoding="utf-8").read()
+RESULTS = open(f"{ROOT}/.github/results.md", encoding="utf-8").read()
 # lines and characters at most
 BUDGET = {
     "gatevlm.py": (450, 25_000), "train.py": (470, 29_000), "eval.py": (560, 34_000),
@@ -41,7 +41,7 @@ def test_every_command_parses(command, monkeypatch, capsys):
     if command[1:3] == ["-m", "pytest"]:
         return
     script, *argv = command[1:]
-    assert os.path.isfile(os.path.join(ROOT, script))
+    assert os.path.isfile(f"{ROOT}/{script}")
     if script == "train.py":
         _, flags = train.parse(argv)
         values = train.PRESETS[flags.get("preset", "toy")] | flags
@@ -56,7 +56,7 @@ def test_every_command_parses(command, monkeypatch, capsys):
 def test_the_runs_of_claims_parse(tmp_path):
     """A python that only writes down what it is asked for, and makes the run's folder: tables find theirs."""
     (tmp_path / "tests").mkdir()
-    shutil.copy(os.path.join(ROOT, "tests", "claims.sh"), tmp_path / "tests")
+    shutil.copy(f"{ROOT}/tests/claims.sh", tmp_path / "tests")
     (tmp_path / "python").write_text('#!/bin/sh\necho "$@" >> asked\n[ "$3" != --out ] || mkdir -p "$4"\n')
     (tmp_path / "python").chmod(0o755)
     env = {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
@@ -85,11 +85,11 @@ def test_inline_commands_and_flags_exist():
 
 def test_pictures_and_links_exist_and_each_picture_says_which_command_draws_it():
     for path in re.findall(r"\]\(([^)#:]+)\)", README):
-        assert os.path.exists(os.path.join(ROOT, path)), path
+        assert os.path.exists(f"{ROOT}/{path}"), path
     pages = README + RESULTS
     pictures = re.findall(r"!\[[^\]]+\]\((?:\.github/)?(\w+\.(?:png|gif))\)\n\n\*`out/[^`]+`", pages)
     assert len(pictures) == pages.count("![") >= 4
-    assert {*pictures} | {"results.md"} == {*os.listdir(os.path.join(ROOT, ".github"))}
+    assert {*pictures} | {"results.md"} == {*os.listdir(f"{ROOT}/.github")}
 
 def test_the_numbers_of_the_page_stand_in_the_results():
     """Every number with a decimal point, as it is or rounded, but for versions and file names."""
@@ -106,7 +106,7 @@ def test_every_preset_has_its_row():
 @pytest.mark.parametrize("name", BUDGET)
 def test_a_file_keeps_its_budget(name):
     """Lines, characters and columns; no function above 60 lines."""
-    text = open(os.path.join(ROOT, name), encoding="utf-8").read()
+    text = open(f"{ROOT}/{name}", encoding="utf-8").read()
     lines, characters = BUDGET[name]
     assert text.count("\n") <= lines and len(text) <= characters
     wide = [line for line in text.splitlines() if len(line) > (200 if name == "README.md" else 110)]
@@ -123,7 +123,7 @@ def test_the_tests_keep_theirs():
 def test_the_four_files_import_downwards_and_nothing_but_the_agreed_packages():
     order = ["train", "eval", "prepare_data", "gatevlm"]
     for name in order:
-        nodes = list(ast.walk(ast.parse(open(os.path.join(ROOT, f"{name}.py"), encoding="utf-8").read())))
+        nodes = list(ast.walk(ast.parse(open(f"{ROOT}/{name}.py", encoding="utf-8").read())))
         found = [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names]
         found += [node.module for node in nodes if isinstance(node, ast.ImportFrom)]
         tops = {module.split(".")[0] for module in found}

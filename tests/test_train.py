@@ -56,7 +56,7 @@ def refused(*argv):
 
 def state(out, name="last.pt"):
     """Everything in a checkpoint that training depends on; the seconds it took are not part of that."""
-    checkpoint = load_checkpoint(os.path.join(out, name))
+    checkpoint = load_checkpoint(f"{out}/{name}")
     checkpoint["now"].pop("seconds")
     return {key: x for key, x in checkpoint.items() if key not in ("config", "model_config")}
 
@@ -370,7 +370,7 @@ def test_best_stays_when_the_loss_rises(toy, tmp_path, monkeypatch):
     validate = lambda *args, **more: {"val_loss_caption": next(losses, 9.0), "val_loss_text": None}
     monkeypatch.setattr(evaluation, "validate", validate)
     run(tmp_path / "run", toy, "--curriculum C --eval_interval 1")
-    found = [load_checkpoint(str(tmp_path / "run" / name))["now"] for name in ("best.pt", "last.pt")]
+    found = [load_checkpoint(f"{tmp_path}/run/{name}")["now"] for name in ("best.pt", "last.pt")]
     assert [(now["step"], now["best_step"], now["best"]) for now in found] == [(2, 2, 1.0), (4, 2, 1.0)]
 
 def test_checkpoints_of_every_evaluation_and_epoch_say_where_they_stand(finished):
@@ -397,7 +397,7 @@ def test_the_image_encoder_knows_its_training_images(finished, toy):
 
 def test_without_images_captions_are_text(toy, tmp_path):
     summary = run(tmp_path / "run", toy, "--no-images --curriculum C")
-    assert load_model(str(tmp_path / "run")).config.n_image_token == 0
+    assert load_model(f"{tmp_path}/run").config.n_image_token == 0
     assert summary["val_loss_caption"] == summary["val_loss_caption_none_image"]
 
 def test_hard_gates_anneal_with_the_share_of_caption_steps(toy, tmp_path):
@@ -407,14 +407,14 @@ def test_hard_gates_anneal_with_the_share_of_caption_steps(toy, tmp_path):
     run(tmp_path / "run", toy, f"{flags} --curriculum TC")
     n = sum(line["kind"] == "C" for line in steps(tmp_path / "run"))
     assert n > 5
-    assert load_model(str(tmp_path / "run"), "last.pt").blocks[0].look.gate.temperature == pytest.approx(0.1)
+    assert load_model(f"{tmp_path}/run", "last.pt").blocks[0].look.gate.temperature == pytest.approx(0.1)
     run(tmp_path / "half", toy, f"{flags} --curriculum C --stop_after {n // 2 + 1}")
     expected = 1 - 0.9 * (n // 2 / n) / 0.8
     assert state(tmp_path / "half")["model"]["blocks.0.look.gate.temperature"] == pytest.approx(expected)
 
 def test_a_text_only_curriculum_leaves_the_image_modules_as_they_were(toy, tmp_path):
     run(tmp_path / "run", toy, "--curriculum T --weight_decay 0.5 --optimizer muon")
-    config = load_model(str(tmp_path / "run"), "last.pt").config
+    config = load_model(f"{tmp_path}/run", "last.pt").config
     torch.manual_seed(1)
     fresh = GateVLM(config).state_dict()
     for name, x in state(tmp_path / "run")["model"].items():
@@ -467,7 +467,7 @@ def test_resume_of_a_finished_run_only_reports(finished):
     assert before == {name: os.stat(f"{finished.out}/{name}").st_mtime_ns for name in before}
 
 def test_the_same_line_starts_a_run_goes_on_with_it_and_reports_it(toy, tmp_path):
-    line = ["--resume", *TINY.split(), "--data", toy, "--out", str(tmp_path / "run"), "--curriculum", "C"]
+    line = ["--resume", *TINY.split(), "--data", toy, "--out", f"{tmp_path}/run", "--curriculum", "C"]
     train.main([*line, "--stop_after", "3"])
     assert train.main(line + ["--stop_after", "0"]) == train.main(line)
 
@@ -595,11 +595,11 @@ def test_accumulation_is_the_big_batch(toy, tmp_path, flags):
 def test_two_processes_are_one(toy, tmp_path, flags):
     """torchrun on gloo: odd numbers of rows, elision's books, the logged losses of both, one summary."""
     line = f"{TINY} --data {toy} --curriculum C --max_steps 5 {flags} --out"
-    train.main([*line.split(), str(tmp_path / "one")])
+    train.main([*line.split(), f"{tmp_path}/one"])
     command = [
         sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", TRAIN_PY,
     ]
-    result = subprocess.run([*command, *line.split(), str(tmp_path / "two")], capture_output=True, text=True)
+    result = subprocess.run([*command, *line.split(), f"{tmp_path}/two"], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-3000:]
     one, two = steps(tmp_path / "one"), steps(tmp_path / "two")
     n = 1 if "lcg" in flags else 5  # negatives are those of one process
@@ -763,7 +763,7 @@ def test_a_damaged_image_is_told_apart_from_a_run_that_diverges(toy, tmp_path):
 def test_a_signal_saves_ends_with_status_0_and_resume_is_exact(toy, tmp_path):
     line = [*TINY.split(), "--data", toy, "--curriculum", "C" * 8, "--out"]
     process = subprocess.Popen(
-        [sys.executable, TRAIN_PY, *line, str(tmp_path / "run")], stdout=subprocess.PIPE, text=True
+        [sys.executable, TRAIN_PY, *line, f"{tmp_path}/run"], stdout=subprocess.PIPE, text=True
     )
     path = tmp_path / "run" / "log.jsonl"
     while not (path.exists() and path.read_text().count("\n") >= 3):
@@ -773,7 +773,7 @@ def test_a_signal_saves_ends_with_status_0_and_resume_is_exact(toy, tmp_path):
     assert process.wait() == 0 and "--resume" in process.stdout.read()
     stopped = state(tmp_path / "run")["now"]["step"]
     resume(tmp_path / "run")
-    train.main([*line, str(tmp_path / "whole")])
+    train.main([*line, f"{tmp_path}/whole"])
     assert 3 <= stopped < len(steps(tmp_path / "whole"))
     assert same(state(tmp_path / "run"), state(tmp_path / "whole"))
 
@@ -832,7 +832,7 @@ def test_babylms_counts_of_words_have_checkpoints(toy, tmp_path):
 def test_killed_again_and_again_is_never_killed(toy, tmp_path, pytestconfig):
     """SIGKILL at random moments, also while it saves; --resume ends with the weights of a run left alone."""
     line = [*TINY.split(), "--data", toy, "--curriculum", "C" * 6, "--eval_interval", "3", "--out"]
-    rng, out = np.random.default_rng(1), str(tmp_path / "run")
+    rng, out = np.random.default_rng(1), f"{tmp_path}/run"
     for _ in range(pytestconfig.getoption("kills")):
         process = subprocess.Popen(
             [sys.executable, TRAIN_PY, "--resume", *line, out], stdout=subprocess.DEVNULL
@@ -844,7 +844,7 @@ def test_killed_again_and_again_is_never_killed(toy, tmp_path, pytestconfig):
         process.kill()
         process.wait()
     train.main(["--resume", *line, out])
-    train.main([*line, str(tmp_path / "whole")])
+    train.main([*line, f"{tmp_path}/whole"])
     assert same(state(out), state(tmp_path / "whole")) and log(out) == log(tmp_path / "whole")
 
 def test_a_checkpoint_that_cannot_be_written_ends_in_one_line_and_the_last_one_stays(
